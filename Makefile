@@ -1,0 +1,39 @@
+# Two commands: `make serve` and `make test`. Everything else is a part of one of them.
+PYTHON ?= python3
+
+.DEFAULT_GOAL := help
+.PHONY: help serve test install lint scores lock clean
+
+help: ## what there is
+	@awk -F':.*## ' '/^[a-z-]+:.*## /{printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+serve: .venv/.runtime ## install what is needed, prepare the base and the demo adapters, serve on 127.0.0.1:8000
+	@exec .venv/bin/loraplex serve $(ARGS)
+
+test: lint ## install what is needed, run the checks and the whole test suite
+	.venv/bin/python -m pytest $(ARGS)
+
+lint: .venv/.dev
+	.venv/bin/ruff format --check .
+	.venv/bin/ruff check .
+	.venv/bin/mypy
+	.venv/bin/lint-imports
+
+scores: .venv/.dev ## start a server, score the demo adapters and the base through it, print the table
+	.venv/bin/python -m adapters.demo.score --serve
+
+install: .venv/.runtime
+
+.venv/.runtime: pyproject.toml deploy/install.sh locks/torch-cpu.txt locks/cpu.txt
+	@PYTHON=$(PYTHON) deploy/install.sh
+	@touch $@
+
+.venv/.dev: .venv/.runtime locks/dev.txt
+	@PYTHON=$(PYTHON) deploy/install.sh dev
+	@touch $@
+
+lock: .venv/.dev ## write locks/ anew from what is installed
+	.venv/bin/python locks/relock.py
+
+clean: ## remove the environment and caches (not the state folder)
+	rm -rf .venv .cache .mypy_cache .ruff_cache .pytest_cache .import_linter_cache
