@@ -1,0 +1,578 @@
+"""What is known about adapters: SQL records of adapters, versions and aliases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from types import EllipsisType
+from typing import Any, TypeAlias, TypeVar
+
+import sqlalchemy as sa
+from sqlalchemy.exc import IntegrityError, SQLAlchemyError
+
+from adapters.errors import (
+    AdapterNotFound,
+    AliasConflict,
+    AliasInUse,
+    AliasNotFound,
+    RegistryError,
+    VersionNotFound,
+)
+from adapters.names import LATEST, Reference, check_alias, check_name
+
+READY = "ready"
+DELETED = "deleted"
+
+_LOCK_WAIT_S = 30
+# How often a write is tried when another process's write got in between (not on SQLite, where
+# writes queue).
+_TRIES = 5
+
+T = TypeVar("T")
+Digests: TypeAlias = list[str]
+
+
+# Tables ------------------------------------------------------------------------------------
+
+
+class _Moment(sa.TypeDecorator[datetime]):
+    """Aware UTC datetimes, also on databases that keep no time zone."""
+
+    impl = sa.DateTime
+    cache_ok = True
+
+    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
+        return None if value is None else value.astimezone(UTC).replace(tzinfo=None)
+
+    def process_result_value(self, value: Any | None, dialect: sa.Dialect) -> datetime | None:
+        return None if value is None else value.replace(tzinfo=UTC)
+
+
+# SQLite numbers rows by itself only in a column declared INTEGER.
+_Id = sa.BigInteger().with_variant(sa.Integer, "sqlite")
+_tables = sa.MetaData()
+
+# Neither adapters nor versions are ever removed: a name that comes back goes on counting, and
+# no id is given twice.
+_adapters = sa.Table(
+    "adapters",
+    _tables,
+    sa.Column("id", _Id, primary_key=True),
+    sa.Column("name", sa.String(128), nullable=False, unique=True),
+    sa.Column("deleted", sa.Boolean, nullable=False),
+    sa.Column("created", _Moment, nullable=False),
+    sa.Column("metadata", sa.JSON, nullable=False),
+    sqlite_autoincrement=True,
+)
+_versions = sa.Table(
+    "versions",
+    _tables,
+    sa.Column("id", _Id, primary_key=True),
+    sa.Column("adapter_id", sa.ForeignKey("adapters.id"), nullable=False),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.Column("digest", sa.String(71), nullable=False, index=True),
+    sa.Column("state", sa.String(16), nullable=False),
+    sa.Column("created", _Moment, nullable=False),
+    sa.Column("rank", sa.Integer, nullable=False),
+    sa.Column("alpha", sa.Double, nullable=False),
+    sa.Column("rslora", sa.Boolean, nullable=False),
+    sa.Column("target_modules", sa.JSON, nullable=False),
+    sa.Column("dtype", sa.String(64), nullable=False),
+    sa.Column("bytes", sa.BigInteger, nullable=False),
+    sa.Column("parameters", sa.BigInteger, nullable=False),
+    sa.Column("base_model", sa.Text),
+    sa.Column("source", sa.Text, nullable=False),
+    sa.Column("checks", sa.JSON, nullable=False),
+    sa.Column("algebra", sa.JSON, nullable=False),
+    sa.UniqueConstraint("adapter_id", "number"),
+    sqlite_autoincrement=True,
+)
+_aliases = sa.Table(
+    "aliases",
+    _tables,
+    sa.Column("adapter_id", sa.ForeignKey("adapters.id"), primary_key=True),
+    sa.Column("alias", sa.String(128), primary_key=True),
+    sa.Column("number", sa.Integer, nullable=False),
+    sa.ForeignKeyConstraint(["adapter_id", "number"], ["versions.adapter_id", "versions.number"]),
+)
+
+# Tens of kilobytes each: read only where one adapter is shown.
+_DETAILS = (_versions.c.checks, _versions.c.algebra)
+_BRIEF = tuple(c for c in _versions.c if c not in {*_DETAILS})
+
+
+# Records -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What ingest found out about a version; see Version for the fields."""
+
+    rank: int
+    alpha: float
+    rslora: bool
+    target_modules: tuple[str, ...] | str
+    dtype: str
+    bytes: int
+    parameters: int
+    base_model: str | None
+    source: str
+    checks: Mapping[str, Any]
+    algebra: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One immutable set of weights of an adapter.
+
+    `id` is unique among all versions of all adapters for ever, `number` among the adapter's.
+    `bytes` is the weights file's size, `parameters` what A and B have in numbers, `source` where
+    the files came from. `checks` and `algebra` are None where many versions are read at once.
+    """
+
+    id: int
+    adapter: str
+    number: int
+    digest: str
+    state: str
+    created: datetime
+    rank: int
+    alpha: float
+    rslora: bool
+    target_modules: tuple[str, ...] | str
+    dtype: str
+    bytes: int
+    parameters: int
+    base_model: str | None
+    source: str
+    checks: Mapping[str, Any] | None = None
+    algebra: Mapping[str, Any] | None = None
+
+    @property
+    def reference(self) -> str:
+        """`name@number`, which means this version for ever."""
+        return f"{self.adapter}@{self.number}"
+
+
+@dataclass(frozen=True, slots=True)
+class Adapter:
+    """A named LoRA: its versions that are not deleted, oldest first, and its aliases.
+
+    `aliases` maps to version numbers and has `latest` unless no version is ready.
+    """
+
+    name: str
+    versions: tuple[Version, ...]
+    aliases: Mapping[str, int]
+    created: datetime
+    metadata: Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Some adapters in name order; `next` is what to pass as `after` for more, None at the end."""
+
+    data: tuple[Adapter, ...]
+    next: str | None
+
+
+# Registry ----------------------------------------------------------------------------------
+
+
+class Registry:
+    """The records at a SQLAlchemy URL, made if they are not there. Safe for threads.
+
+    A write that returned is synced to disk. Every call raises RegistryError if the database
+    fails.
+    """
+
+    def __init__(self, url: str) -> None:
+        with _database():
+            self._engine = _engine(url)
+            _tables.create_all(self._engine)
+
+    def close(self) -> None:
+        """Closes the connections."""
+        self._engine.dispose()
+
+    def add_version(
+        self,
+        name: str,
+        digest: str,
+        facts: Facts,
+        alias: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> tuple[Version, bool]:
+        """Makes `digest` a ready version of `name`; False if it was one already.
+
+        `alias` is then made to point to it, wherever it pointed before; `metadata`, if given,
+        replaces the adapter's. All of it happens or nothing. Raises InvalidName, ReservedName.
+        """
+        check_name(name)
+        if alias is not None:
+            check_alias(alias)
+
+        def write(db: sa.Connection) -> tuple[Version, bool]:
+            adapter_id = _make_adapter(db, name, metadata)
+            found = _first(db, adapter_id, _versions.c.digest == digest)
+            number = found.number if found else _next_number(db, adapter_id)
+            if found is None:
+                _insert_version(db, adapter_id, number, digest, facts)
+            if alias is not None:
+                _point(db, adapter_id, alias, number)
+            version = _first(db, adapter_id, _versions.c.number == number)
+            assert version is not None  # noqa: S101 - written a line ago in this transaction
+            return _version(name, version), found is None
+
+        return self._write(write)
+
+    def get(self, name: str) -> Adapter:
+        """The adapter with its versions' checks and algebra. Raises AdapterNotFound."""
+        with self._read() as db:
+            adapter = _adapter(db, name)
+            return _assemble(db, [adapter], [*_versions.c])[0]
+
+    def knows(self, name: str) -> bool:
+        """Whether an adapter has this name, or had it once and was deleted."""
+        with self._read() as db:
+            found = db.execute(sa.select(_adapters.c.id).where(_adapters.c.name == name))
+            return found.first() is not None
+
+    def list(self, after: str | None = None, limit: int = 50, prefix: str | None = None) -> Page:
+        """Up to `limit` adapters in name order whose names begin with `prefix`."""
+        query = sa.select(_adapters).where(~_adapters.c.deleted).order_by(_adapters.c.name)
+        if after is not None:
+            query = query.where(_adapters.c.name > after)
+        if prefix:
+            query = query.where(_adapters.c.name.startswith(prefix, autoescape=True))
+        with self._read() as db:
+            rows = db.execute(query.limit(limit + 1)).all()
+            data = _assemble(db, rows[:limit], [*_BRIEF])
+        return Page(tuple(data), data[-1].name if data and len(rows) > limit else None)
+
+    def resolve(self, reference: str | Reference) -> Version:
+        """The ready version that `reference` means.
+
+        Raises InvalidReference, AdapterNotFound, VersionNotFound, AliasNotFound.
+        """
+        asked = Reference.parse(reference) if isinstance(reference, str) else reference
+        with self._read() as db:
+            row = db.execute(_resolution(asked)).first()
+            if row is not None:
+                return _version(asked.name, row)
+            raise _why_not(db, asked)
+
+    def delete_adapter(self, name: str) -> Digests:
+        """Deletes the adapter, its versions and aliases. Raises AdapterNotFound.
+
+        Returns the digests of its versions that no version of any adapter has any more.
+        """
+
+        def write(db: sa.Connection) -> Digests:
+            adapter_id = _adapter(db, name).id
+            mine = _versions.c.adapter_id == adapter_id
+            live = sa.select(_versions.c.digest).where(mine, _versions.c.state != DELETED)
+            digests = db.scalars(live).all()
+            db.execute(_aliases.delete().where(_aliases.c.adapter_id == adapter_id))
+            db.execute(_versions.update().where(mine).values(state=DELETED))
+            gone = {"deleted": True, "metadata": {}}
+            db.execute(_adapters.update().where(_adapters.c.id == adapter_id).values(gone))
+            return _unreferenced(db, digests)
+
+        return self._write(write)
+
+    def delete_version(self, name: str, number: int) -> Digests:
+        """Deletes one version; returns its digest if no version of any adapter has it any more.
+
+        Raises AdapterNotFound, VersionNotFound, and AliasInUse if an alias points to it.
+        """
+
+        def write(db: sa.Connection) -> Digests:
+            adapter_id = _adapter(db, name).id
+            version = _numbered(db, adapter_id, name, number)
+            pointing = sa.select(_aliases.c.alias).where(
+                _aliases.c.adapter_id == adapter_id, _aliases.c.number == number
+            )
+            if aliases := db.scalars(pointing).all():
+                raise AliasInUse(
+                    f"{name}@{number} is what {', '.join(sorted(aliases))} points to. "
+                    "Move or remove the alias first."
+                )
+            doomed = _versions.update().where(_versions.c.id == version.id)
+            db.execute(doomed.values(state=DELETED))
+            return _unreferenced(db, [version.digest])
+
+        return self._write(write)
+
+    def set_alias(
+        self, name: str, alias: str, number: int, expected: int | EllipsisType | None = ...
+    ) -> None:
+        """Makes `alias` point to version `number`.
+
+        With `expected`, only if it points there now (None: only if there is no such alias), or
+        AliasConflict. Raises InvalidName, ReservedName, AdapterNotFound, VersionNotFound.
+        """
+        check_alias(alias)
+
+        def write(db: sa.Connection) -> None:
+            adapter_id = _adapter(db, name).id
+            if _numbered(db, adapter_id, name, number).state != READY:
+                raise VersionNotFound(f"{name}@{number} is not ready. Point to one that is.")
+            _expect(_pointed(db, adapter_id, alias), expected, name, alias)
+            _point(db, adapter_id, alias, number)
+
+        self._write(write)
+
+    def delete_alias(self, name: str, alias: str, expected: int | EllipsisType = ...) -> None:
+        """Removes `alias`; with `expected`, only if it points there now, or AliasConflict.
+
+        Raises ReservedName, AdapterNotFound, AliasNotFound.
+        """
+        check_alias(alias)
+
+        def write(db: sa.Connection) -> None:
+            adapter_id = _adapter(db, name).id
+            pointed = _pointed(db, adapter_id, alias)
+            if pointed is None:
+                raise _no_alias(name, alias)
+            _expect(pointed, expected, name, alias)
+            db.execute(_aliases.delete().where(_is_alias(adapter_id, alias)))
+
+        self._write(write)
+
+    def digests(self) -> set[str]:
+        """The digests that versions need: all but those of deleted ones."""
+        needed = sa.select(_versions.c.digest).where(_versions.c.state != DELETED).distinct()
+        with self._read() as db:
+            return set(db.scalars(needed))
+
+    def references(self, digest: str) -> bool:
+        """Whether a version needs `digest`."""
+        with self._read() as db:
+            return not _unreferenced(db, [digest])
+
+    @contextmanager
+    def _read(self) -> Iterator[sa.Connection]:
+        with _database(), self._engine.connect() as db:
+            yield db
+
+    def _write(self, work: Callable[[sa.Connection], T]) -> T:
+        for left in reversed(range(_TRIES)):
+            try:
+                with (
+                    _database(),
+                    self._engine.connect().execution_options(writes=True) as db,
+                    db.begin(),
+                ):
+                    return work(db)
+            except RegistryError as error:
+                if not left or not isinstance(error.__cause__, IntegrityError):
+                    raise
+        raise AssertionError("unreachable")
+
+
+def _engine(url: str) -> sa.Engine:
+    if sa.make_url(url).get_backend_name() != "sqlite":
+        return sa.create_engine(url, pool_pre_ping=True)
+    engine = sa.create_engine(url, connect_args={"timeout": _LOCK_WAIT_S})
+    sa.event.listen(engine, "connect", _prepare_sqlite)
+    sa.event.listen(engine, "begin", _begin_sqlite)
+    return engine
+
+
+def _prepare_sqlite(connection: Any, _record: Any) -> None:
+    # Python's driver would begin transactions on its own, and too late; _begin_sqlite does it.
+    connection.isolation_level = None
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(db: sa.Connection) -> None:
+    # A write that begins as a read fails, instead of waiting, when another got in between.
+    writes = db.get_execution_options().get("writes")
+    db.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+@contextmanager
+def _database() -> Iterator[None]:
+    try:
+        yield
+    except SQLAlchemyError as error:
+        raise RegistryError(
+            f"The registry's database failed: {error}. Check that it can be reached and written."
+        ) from error
+
+
+# Queries -----------------------------------------------------------------------------------
+
+
+def _adapter(db: sa.Connection, name: str) -> sa.Row[Any]:
+    query = sa.select(_adapters).where(_adapters.c.name == name, ~_adapters.c.deleted)
+    # Holds off other writers to the same adapter until this transaction ends.
+    lock = db.get_execution_options().get("writes", False)
+    row = db.execute(query.with_for_update() if lock else query).first()
+    if row is None:
+        raise AdapterNotFound(f"There is no adapter {name}. Check the name, or upload it.")
+    return row
+
+
+def _make_adapter(db: sa.Connection, name: str, metadata: Mapping[str, Any] | None) -> int:
+    query = sa.select(_adapters.c.id, _adapters.c.deleted).where(_adapters.c.name == name)
+    row = db.execute(query.with_for_update()).first()
+    fresh = {"deleted": False, "created": datetime.now(UTC), "metadata": dict(metadata or {})}
+    if row is None:
+        inserted = db.execute(_adapters.insert().values(name=name, **fresh))
+        return int(inserted.inserted_primary_key[0])  # type: ignore[index]
+    update = _adapters.update().where(_adapters.c.id == row.id)
+    if row.deleted:
+        db.execute(update.values(fresh))
+    elif metadata is not None:
+        db.execute(update.values(metadata=dict(metadata)))
+    return int(row.id)
+
+
+def _next_number(db: sa.Connection, adapter_id: int) -> int:
+    highest = sa.select(sa.func.max(_versions.c.number))
+    return (db.scalar(highest.where(_versions.c.adapter_id == adapter_id)) or 0) + 1
+
+
+def _insert_version(
+    db: sa.Connection, adapter_id: int, number: int, digest: str, facts: Facts
+) -> None:
+    row = asdict(facts) | {
+        "adapter_id": adapter_id,
+        "number": number,
+        "digest": digest,
+        "state": READY,
+        "created": datetime.now(UTC),
+    }
+    db.execute(_versions.insert().values(row))
+
+
+def _first(
+    db: sa.Connection, adapter_id: int, condition: sa.ColumnElement[bool]
+) -> sa.Row[Any] | None:
+    mine = (_versions.c.adapter_id == adapter_id) & (_versions.c.state == READY)
+    return db.execute(sa.select(_versions).where(mine, condition)).first()
+
+
+def _numbered(db: sa.Connection, adapter_id: int, name: str, number: int) -> sa.Row[Any]:
+    query = sa.select(*_BRIEF).where(
+        _versions.c.adapter_id == adapter_id,
+        _versions.c.number == number,
+        _versions.c.state != DELETED,
+    )
+    # Larger numbers than the column holds would be a database error, not an answer.
+    row = db.execute(query).first() if 0 < number < 2**31 else None
+    if row is None:
+        raise _no_version(name, str(number))
+    return row
+
+
+def _pointed(db: sa.Connection, adapter_id: int, alias: str) -> int | None:
+    return db.scalar(sa.select(_aliases.c.number).where(_is_alias(adapter_id, alias)))
+
+
+def _is_alias(adapter_id: int, alias: str) -> sa.ColumnElement[bool]:
+    return (_aliases.c.adapter_id == adapter_id) & (_aliases.c.alias == alias)
+
+
+def _point(db: sa.Connection, adapter_id: int, alias: str, number: int) -> None:
+    moved = _aliases.update().where(_is_alias(adapter_id, alias)).values(number=number)
+    if not db.execute(moved).rowcount:
+        row = {"adapter_id": adapter_id, "alias": alias, "number": number}
+        db.execute(_aliases.insert().values(row))
+
+
+def _expect(
+    pointed: int | None, expected: int | EllipsisType | None, name: str, alias: str
+) -> None:
+    if expected is ... or pointed == expected:
+        return
+    now = "does not exist" if pointed is None else f"points to version {pointed}"
+    then = "not to exist" if expected is None else f"to point to version {expected}"
+    raise AliasConflict(
+        f"The alias {alias} of {name} {now}; it was expected {then}. Look again and decide anew."
+    )
+
+
+def _unreferenced(db: sa.Connection, digests: Iterable[str]) -> Digests:
+    asked = set(digests)
+    needed = sa.select(_versions.c.digest).where(
+        _versions.c.digest.in_(asked), _versions.c.state != DELETED
+    )
+    return sorted(asked - set(db.scalars(needed)))
+
+
+def _resolution(asked: Reference) -> sa.Select[Any]:
+    joined = _versions.join(_adapters, _versions.c.adapter_id == _adapters.c.id)
+    if asked.alias not in (None, LATEST):
+        same = _aliases.c.number == _versions.c.number
+        joined = joined.join(_aliases, (_aliases.c.adapter_id == _adapters.c.id) & same)
+    query = (
+        sa.select(*_BRIEF)
+        .select_from(joined)
+        .where(_adapters.c.name == asked.name, ~_adapters.c.deleted, _versions.c.state == READY)
+        .order_by(_versions.c.number.desc())
+        .limit(1)
+    )
+    if asked.version is not None:
+        return query.where(_versions.c.number == asked.version)
+    if asked.digest is not None:
+        return query.where(_versions.c.digest == asked.digest)
+    if asked.alias not in (None, LATEST):
+        return query.where(_aliases.c.alias == asked.alias)
+    return query
+
+
+def _why_not(db: sa.Connection, asked: Reference) -> Exception:
+    adapter_id = _adapter(db, asked.name).id
+    if asked.version is not None or asked.digest is not None:
+        return _no_version(asked.name, str(asked.version or asked.digest))
+    if asked.alias in (None, LATEST):
+        return VersionNotFound(f"{asked.name} has no version that is ready. Upload one.")
+    if (number := _pointed(db, adapter_id, asked.alias)) is not None:
+        return VersionNotFound(
+            f"{asked} points to version {number}, which is not ready. Move the alias."
+        )
+    return _no_alias(asked.name, asked.alias)
+
+
+def _no_version(name: str, which: str) -> VersionNotFound:
+    return VersionNotFound(
+        f"{name} has no version {which} that can be used. Look at its versions and choose one."
+    )
+
+
+def _no_alias(name: str, alias: str) -> AliasNotFound:
+    return AliasNotFound(f"{name} has no alias {alias}. Set it, or name a version.")
+
+
+def _assemble(
+    db: sa.Connection, adapters: Iterable[sa.Row[Any]], columns: Iterable[sa.Column[Any]]
+) -> list[Adapter]:
+    """The adapters of these rows, with three queries however many they are."""
+    rows = {row.id: row for row in adapters}
+    versions: dict[int, list[Version]] = {key: [] for key in rows}
+    aliases: dict[int, dict[str, int]] = {key: {} for key in rows}
+    kept = sa.select(*columns).where(_versions.c.adapter_id.in_(rows), _versions.c.state != DELETED)
+    for row in db.execute(kept.order_by(_versions.c.number)):
+        versions[row.adapter_id].append(_version(rows[row.adapter_id].name, row))
+        if row.state == READY:
+            aliases[row.adapter_id][LATEST] = row.number
+    for row in db.execute(sa.select(_aliases).where(_aliases.c.adapter_id.in_(rows))):
+        aliases[row.adapter_id][row.alias] = row.number
+    return [
+        Adapter(row.name, tuple(versions[key]), aliases[key], row.created, row.metadata)
+        for key, row in rows.items()
+    ]
+
+
+def _version(adapter: str, row: sa.Row[Any]) -> Version:
+    fields = dict(row._mapping)
+    del fields["adapter_id"]
+    if isinstance(fields["target_modules"], list):
+        fields["target_modules"] = tuple(fields["target_modules"])
+    return Version(adapter=adapter, **fields)

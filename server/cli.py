@@ -1,0 +1,119 @@
+"""The command line: `loraplex serve`."""
+
+import logging
+import os
+import socket
+import sys
+import time
+from importlib.metadata import version
+
+from server import lifeline
+
+# First of all: in a process of the engine, which imports this module before anything else, the
+# heavy imports that follow must not outlive a server that was killed meanwhile.
+lifeline.follow()
+
+import typer  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+from adapters.errors import AdapterError  # noqa: E402
+from server.config import ConfigError, Settings  # noqa: E402
+
+console = Console(stderr=True, highlight=False)
+cli = typer.Typer(
+    help="One base model, any number of LoRA adapters, one server.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@cli.callback()
+def _root() -> None:
+    """Makes `serve` a command of its own while it is the only one."""
+
+
+@cli.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    add_help_option=False,
+)
+def serve(context: typer.Context) -> None:
+    """Serve a base model and its adapters over HTTP (`loraplex serve --help` lists the flags)."""
+    try:
+        _serve(Settings.read(context.args))
+    except (ConfigError, AdapterError, OSError) as error:
+        for line in str(error).splitlines():
+            console.print(f"loraplex: {line}", style="red", markup=False, soft_wrap=True)
+        raise typer.Exit(1) from None
+
+
+def _serve(settings: Settings) -> None:
+    from server.engine import base_model, launch
+
+    lifeline.hold()
+    launch.prepare_environment()
+    listener = _listen(settings)
+    settings.home.mkdir(parents=True, exist_ok=True)
+    _say(f"Loraplex {version('loraplex')}, state in {settings.home}")
+    folder = base_model.fetch(settings, _say)
+
+    # vLLM takes seconds to import: what can go wrong before it has gone wrong by now.
+    import uvicorn
+
+    from server import app
+
+    serving = app.build(settings, folder)
+    linears = sorted({path.rpartition(".")[2] for path in serving.base.linears} - {"lm_head"})
+    args = launch.parse(settings, folder, linears)
+    began = time.monotonic()
+    failed: list[Exception] = []
+
+    def done(error: Exception | None) -> None:
+        if error is not None:
+            failed.append(error)
+            server.should_exit = True
+            return
+        names = [adapter.name for adapter in serving.registry.list().data]
+        _say(f"ready after {time.monotonic() - began:.0f} s: {settings.base_name}")
+        _say(f"adapters: {', '.join(names) or 'none yet'}")
+        _say(f"http://{settings.host}:{settings.port}/v1  (try it: /docs; stop: Ctrl-C)")
+
+    http = app.create_app(serving, args, lambda: launch.start(args), done)
+    server = uvicorn.Server(uvicorn.Config(http, log_level="warning", timeout_graceful_shutdown=5))
+    _say("starting the engine (about a minute without a GPU)")
+    server.run(sockets=[listener])
+    for error in failed:
+        console.print(f"loraplex: the engine did not start: {error}", style="red", markup=False)
+    # Not through the interpreter's own end: it would wait for a thread that starts an engine.
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1 if failed else 0)
+
+
+def _listen(settings: Settings) -> socket.socket:
+    """The listening socket, before the slow part: a port that is taken is said at once."""
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((settings.host, settings.port))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot listen on {settings.host}:{settings.port}: {error.strerror} "
+            "(choose another with --port)"
+        ) from None
+    return listener
+
+
+def _say(line: str) -> None:
+    console.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] {line}", soft_wrap=True)
+
+
+def main() -> None:
+    """Entry point of the `loraplex` command."""
+    cli()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,144 @@
+"""The settings of a server: one frozen object, from flags and the environment."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError, model_validator
+from pydantic_settings import BaseSettings, CliSettingsSource, CliUnknownArgs, SettingsConfigDict
+
+PREFIX = "LORAPLEX_"
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+class ConfigError(Exception):
+    """The settings cannot be used; the message names every problem, one a line."""
+
+
+class Settings(BaseSettings):
+    """What an operator can set; `--max-loras 4` and `LORAPLEX_MAX_LORAS=4` are the same."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX,
+        frozen=True,
+        extra="ignore",
+        cli_kebab_case=True,
+        cli_prog_name="loraplex serve",
+        cli_implicit_flags=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+        cli_ignore_unknown_args=True,
+    )
+
+    host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
+    port: Annotated[int, Field(ge=1, le=65535, description="Port to listen on.")] = 8000
+    home: Annotated[
+        Path, Field(description="Folder of all state: base models, adapter store, registry.")
+    ] = Path("~/.local/share/loraplex")
+    model: Annotated[
+        str,
+        Field(description="Base model: a local folder or a hub id; the default comes by package."),
+    ] = DEFAULT_MODEL
+    revision: Annotated[
+        str | None, Field(description="Branch, tag or commit of a base model from the hub.")
+    ] = None
+    served_model_name: Annotated[
+        str | None,
+        Field(description="Name clients know the base by; `base` always works too."),
+    ] = None
+    max_loras: Annotated[
+        int, Field(ge=1, description="Slots: how many different adapters one batch can use.")
+    ] = 8
+    max_cpu_loras: Annotated[
+        int | None,
+        Field(
+            ge=1,
+            description="Host cache: how many adapters the engine keeps loaded; 32, or as many "
+            "as there are slots.",
+        ),
+    ] = None
+    max_lora_rank: Annotated[
+        Literal[1, 8, 16, 32, 64, 128, 256, 320, 512],
+        Field(description="Highest rank an adapter may have."),
+    ] = 64
+    max_model_len: Annotated[
+        int | None,
+        Field(ge=1, description="Longest prompt plus reply, in tokens; 2,048 without a GPU."),
+    ] = None
+    max_upload_mb: Annotated[
+        int, Field(ge=1, description="Largest upload, in MB, unpacked bytes included.")
+    ] = 2048
+    demo_adapters: Annotated[
+        bool, Field(description="Offer sql, code and poetry when the base is the default one.")
+    ] = True
+    engine: Annotated[
+        CliUnknownArgs,
+        Field(
+            description="Any other flag goes to vLLM by its name, e.g. --tensor-parallel-size 4."
+        ),
+    ]
+
+    @model_validator(mode="after")
+    def _host_holds_slots(self) -> "Settings":
+        if self.host_capacity < self.max_loras:
+            raise ValueError(
+                f"max_cpu_loras ({self.max_cpu_loras}) must be at least max_loras "
+                f"({self.max_loras}): what is in a slot is in the host cache as well"
+            )
+        return self
+
+    @classmethod
+    def read(cls, arguments: list[str]) -> "Settings":
+        """Settings from command line `arguments`, then the environment, then the defaults.
+
+        `LORAPLEX_X` that is none of ours is handed to vLLM as `--x`, as an unknown flag is; what
+        vLLM does not know either is an error when the engine's arguments are parsed.
+
+        Raises:
+            ConfigError: a value that is not what it must be.
+            SystemExit: `--help` was asked for (it has been printed).
+        """
+        source: CliSettingsSource[Any] = CliSettingsSource(cls, cli_parse_args=arguments)
+        try:
+            settings = cls(_cli_settings_source=source)  # type: ignore[call-arg]
+        except ValidationError as error:
+            raise ConfigError("\n".join(_explain(error))) from None
+        engine = [*_engine_flags_of_environment(cls), *settings.engine]
+        return settings.model_copy(
+            update={"engine": engine, "home": settings.home.expanduser().absolute()}
+        )
+
+    @property
+    def host_capacity(self) -> int:
+        """Adapters that the engine keeps loaded at once."""
+        return max(32, self.max_loras) if self.max_cpu_loras is None else self.max_cpu_loras
+
+    @property
+    def base_name(self) -> str:
+        """The name the base model is served by."""
+        if self.served_model_name:
+            return self.served_model_name
+        return Path(self.model).name if Path(self.model).expanduser().is_dir() else self.model
+
+
+def _engine_flags_of_environment(settings: type[Settings]) -> list[str]:
+    flags: list[str] = []
+    ours = {PREFIX + name.upper() for name in settings.model_fields}
+    for variable, value in sorted(os.environ.items()):
+        if not variable.startswith(PREFIX) or variable in ours:
+            continue
+        name = variable.removeprefix(PREFIX).lower().replace("_", "-")
+        if value.lower() in ("true", "false"):
+            flags.append(f"--{name}" if value.lower() == "true" else f"--no-{name}")
+        else:
+            flags += [f"--{name}", value]
+    return flags
+
+
+def _explain(error: ValidationError) -> list[str]:
+    lines = []
+    for problem in error.errors():
+        name = str(problem["loc"][0]) if problem["loc"] else ""
+        flag = f"--{name.replace('_', '-')} / {PREFIX}{name.upper()}: " if name else ""
+        lines.append(flag + problem["msg"].removeprefix("Value error, "))
+    return lines

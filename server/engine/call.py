@@ -1,0 +1,31 @@
+"""One inference call: what it asked for, what it runs on, and what became of it."""
+
+from contextvars import ContextVar
+from dataclasses import dataclass
+
+from vllm.lora.request import LoRARequest
+
+from adapters.registry import Version
+
+__all__ = ["Call", "LoRARequest", "current"]
+
+
+@dataclass
+class Call:
+    """Made once a request, before vLLM's handlers see it; `version` and `lora` None for the base.
+
+    `error` is what ended the call before or in the engine; `queue_ms` is how long it waited for a
+    place to load its adapter into, `load_ms` how long the load took.
+    """
+
+    asked: str
+    version: Version | None = None
+    lora: LoRARequest | None = None
+    queue_ms: float = 0.0
+    load_ms: float = 0.0
+    error: Exception | None = None
+
+
+# vLLM's handlers look an adapter up by name, more than once, in tasks and objects of their own.
+# What a name means is decided once a request, so it travels with the request.
+current: ContextVar[Call] = ContextVar("current")

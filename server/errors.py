@@ -1,0 +1,85 @@
+"""Exceptions of the server, and the one table that turns any exception into an HTTP status."""
+
+from typing import Any
+
+from adapters import errors as adapters
+
+
+class ServerError(Exception):
+    """Something the server cannot do for a request; `code` is for programs, the text for people."""
+
+    code = "server_error"
+
+    def __init__(self, message: str, param: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+
+
+class EngineNotReady(ServerError):
+    """The engine is starting, or has ended."""
+
+    code = "engine_not_ready"
+
+
+class AdapterLoadFailed(ServerError):
+    """The engine could not load a version that the registry vouches for."""
+
+    code = "adapter_load_failed"
+
+
+class AdapterConflict(ServerError):
+    """`adapter` and `model` name two different adapters."""
+
+    code = "adapter_conflict"
+
+
+class BadUpload(ServerError):
+    """An upload that is not the form it should be."""
+
+    code = "bad_upload"
+
+
+# Every class of both trees is here; a test fails on one that is not.
+STATUS: dict[type[Exception], int] = {
+    ServerError: 500,
+    EngineNotReady: 503,
+    AdapterLoadFailed: 503,
+    AdapterConflict: 400,
+    BadUpload: 400,
+    adapters.AdapterError: 500,
+    adapters.InvalidName: 400,
+    adapters.ReservedName: 400,
+    adapters.InvalidReference: 400,
+    adapters.AdapterNotFound: 404,
+    adapters.VersionNotFound: 404,
+    adapters.AliasNotFound: 404,
+    adapters.AliasInUse: 409,
+    adapters.AliasConflict: 412,
+    adapters.InvalidAdapter: 422,
+    adapters.TooLarge: 413,
+    adapters.BaseModelError: 500,
+    adapters.StoreError: 500,
+    adapters.NoSpace: 507,
+    adapters.RegistryError: 500,
+}
+RETRY_AFTER_S = 2  # for 503: a load or a restart of the engine takes about that, or asks again
+
+_TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+
+
+def body(
+    status: int, message: str, code: str | None = None, param: str | None = None, **more: Any
+) -> dict[str, Any]:
+    """The OpenAI error body: `{"error": {"message", "type", "param", "code"}}`."""
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code, **more}}
+
+
+def describe(error: ServerError | adapters.AdapterError) -> tuple[int, dict[str, Any]]:
+    """Status and body for an exception of either tree."""
+    status = STATUS[type(error)]
+    more = {}
+    if isinstance(error, adapters.InvalidAdapter):
+        more["problems"] = [problem.as_dict() for problem in error.problems]
+    return status, body(status, error.message, error.code, error.param, **more)

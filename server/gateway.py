@@ -1,0 +1,242 @@
+"""The engine client that vLLM's handlers talk to: everything that is Loraplex about a request.
+
+For every endpoint, once: resolve the reference, make the version resident, hold the lease, stream,
+release. What may be served comes from the registry; what the engine holds is derived from it.
+"""
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from adapters.errors import AdapterNotFound, InvalidReference
+from adapters.names import Reference
+from adapters.registry import Registry, Version
+from server.engine.call import Call, LoRARequest, current
+from server.errors import AdapterConflict, AdapterLoadFailed, EngineNotReady
+from server.residency import Entry, Load, Residency
+
+
+class Gateway:
+    """An engine client over vLLM's own; whatever it does not define is vLLM's.
+
+    In the engine a version goes by its digest as its name, and by an integer id that is given once
+    and never again: equal names mean equal bytes, in vLLM's prefix cache as well.
+    """
+
+    def __init__(
+        self,
+        engine: Any,
+        registry: Registry,
+        folder_of: Callable[[str], Path],
+        collect: Callable[[str], bool],
+        base_names: tuple[str, ...],
+        capacity: int,
+    ) -> None:
+        """`folder_of` and `collect` are the store's: where a digest lies, and its removal, which
+        does nothing while a version needs it. `capacity` is the size of the host cache.
+        """
+        self._engine = engine
+        self._registry = registry
+        self._folder_of = folder_of
+        self._collect = collect
+        self.base_names = base_names
+        self.residency = Residency(capacity)
+        self._numbers = itertools.count(1)
+        self._ids: dict[str, int] = {}
+        self._loads: dict[str, asyncio.Task[None]] = {}
+        self._changed: asyncio.Future[None] | None = None
+        self._retiring: set[str] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._engine, name)
+
+    def check(self) -> None:
+        """Raises EngineNotReady if the engine has ended."""
+        if self._engine.errored:
+            raise EngineNotReady("The engine has ended; the server must be restarted.")
+
+    async def open(self, adapter: str | None, model: str | None) -> Call:
+        """Decides what a request runs on, for itself and for vLLM's handlers after it.
+
+        Raises:
+            AdapterConflict: `adapter` and `model` name different adapters.
+            AdapterNotFound, VersionNotFound, AliasNotFound: there is no such thing to serve.
+            InvalidReference: `adapter` is no reference.
+            EngineNotReady: the engine has ended.
+        """
+        self.check()
+        if adapter and model and model not in (*self.base_names, adapter):
+            raise AdapterConflict(
+                f"adapter {adapter!r} and model {model!r} name different adapters: name one of "
+                "them, or the base as the model.",
+                param="adapter",
+            )
+        asked = adapter or model or self.base_names[0]
+        call = Call(asked)
+        if asked not in self.base_names:
+            call.version = await self.resolve(asked, "adapter" if adapter else "model")
+            call.lora = self._request(call.version)
+        current.set(call)
+        return call
+
+    async def generate(
+        self,
+        prompt: Any,
+        sampling_params: Any,
+        request_id: str,
+        *,
+        lora_request: LoRARequest | None = None,
+        **options: Any,
+    ) -> AsyncGenerator[Any, None]:
+        """vLLM's generate, with the adapter resident from before the first step to the last."""
+        stream = self._engine.generate(
+            prompt, sampling_params, request_id, lora_request=lora_request, **options
+        )
+        async with self._resident(lora_request), aclosing(stream):
+            async for output in stream:
+                yield output
+
+    async def encode(
+        self,
+        prompt: Any,
+        pooling_params: Any,
+        request_id: str,
+        lora_request: LoRARequest | None = None,
+        **options: Any,
+    ) -> AsyncGenerator[Any, None]:
+        """vLLM's encode, likewise."""
+        stream = self._engine.encode(
+            prompt, pooling_params, request_id, lora_request=lora_request, **options
+        )
+        async with self._resident(lora_request), aclosing(stream):
+            async for output in stream:
+                yield output
+
+    def retire(self, digests: list[str]) -> None:
+        """Unloads and removes versions that the registry has let go, each with its last lease."""
+        for digest in digests:
+            self._retiring.add(digest)
+            self._finish_retiring(digest)
+
+    async def resolve(self, asked: str, param: str) -> Version:
+        """The version that the reference `asked` means; errors are about the field `param`.
+
+        Raises:
+            AdapterNotFound, VersionNotFound, AliasNotFound: there is no such thing to serve.
+            InvalidReference: `asked` is no reference, and `param` says that it must be one.
+        """
+        try:
+            reference = Reference.parse(asked)
+        except InvalidReference as error:
+            if param == "adapter":
+                error.param = param
+                raise
+            # Other servers' model names are no references of ours, just models we do not have.
+            raise AdapterNotFound(
+                f"There is no model or adapter {asked!r}. GET /v1/models lists them.", param=param
+            ) from None
+        try:
+            return await asyncio.to_thread(self._registry.resolve, reference)
+        except AdapterNotFound as error:
+            error.param = param
+            raise
+
+    def _request(self, version: Version) -> LoRARequest:
+        digest = version.digest
+        if digest not in self._ids:
+            self._ids[digest] = next(self._numbers)
+        return LoRARequest(digest, self._ids[digest], str(self._folder_of(digest)))
+
+    @asynccontextmanager
+    async def _resident(self, lora: LoRARequest | None) -> AsyncIterator[None]:
+        """Inside, `lora` is loaded and cannot be evicted. What ends a call is noted on it."""
+        call = current.get(Call(""))
+        try:
+            if lora is None:
+                yield
+                return
+            entry = await self._lease(lora, call)
+            try:
+                yield
+            finally:
+                self._release(entry)
+        except Exception as error:
+            call.error = error
+            raise
+
+    async def _lease(self, lora: LoRARequest, call: Call) -> Entry:
+        digest = lora.lora_name
+        asked = time.monotonic()
+        while (granted := self.residency.lease(digest)) is None:
+            await self._change()
+        entry, load = granted
+        placed = time.monotonic()
+        if load is not None:
+            self._loads[digest] = self._spawn(self._load(lora, load))
+        try:
+            if digest in self._loads:
+                # Others may wait for this load too: it goes on when this request is given up.
+                await asyncio.shield(self._loads[digest])
+        except asyncio.CancelledError:
+            self._release(entry)
+            raise
+        call.queue_ms = (placed - asked) * 1000
+        call.load_ms = (time.monotonic() - placed) * 1000
+        return entry
+
+    async def _load(self, lora: LoRARequest, load: Load) -> None:
+        try:
+            if load.evict is not None:
+                await self._engine.remove_lora(self._ids[load.evict])
+            await self._engine.add_lora(lora)
+        except Exception as error:
+            self.residency.failed(load.digest)
+            raise AdapterLoadFailed(
+                f"The adapter {load.digest} could not be loaded into the engine: {error}"
+            ) from error
+        else:
+            self.residency.loaded(load.digest)
+        finally:
+            del self._loads[load.digest]
+            self._wake()
+
+    async def _change(self) -> None:
+        """Waits until a place in the host cache may be free."""
+        if self._changed is None:
+            self._changed = asyncio.get_running_loop().create_future()
+        await asyncio.shield(self._changed)
+
+    def _release(self, entry: Entry) -> None:
+        self.residency.release(entry)
+        if entry.digest in self._retiring:
+            self._finish_retiring(entry.digest)
+        self._wake()
+
+    def _wake(self) -> None:
+        # Everybody who waits looks again, in the order they came.
+        if self._changed is not None:
+            self._changed.set_result(None)
+            self._changed = None
+
+    def _finish_retiring(self, digest: str) -> None:
+        if self.residency.leases(digest) == 0:
+            self._retiring.discard(digest)
+            self._spawn(self._remove(digest, unload=self.residency.drop(digest)))
+
+    async def _remove(self, digest: str, *, unload: bool) -> None:
+        try:
+            if unload:
+                await self._engine.remove_lora(self._ids[digest])
+        finally:
+            await asyncio.to_thread(self._collect, digest)
+
+    def _spawn(self, work: Any) -> asyncio.Task[None]:
+        task: asyncio.Task[None] = asyncio.create_task(work)
+        self._tasks.add(task)  # the loop keeps only a weak reference
+        task.add_done_callback(self._tasks.discard)
+        return task

@@ -1,0 +1,48 @@
+"""HTTP: one module a part of the interface."""
+
+import time
+from dataclasses import dataclass, field
+from typing import Annotated, Any, cast
+
+from fastapi import Depends, Request
+
+from adapters.base import BaseSpec
+from adapters.ingest import Ingest
+from adapters.registry import Registry
+from adapters.store import Store
+from server.config import Settings
+from server.engine.handlers import Handlers
+from server.errors import EngineNotReady
+from server.gateway import Gateway
+
+
+@dataclass
+class Serving:
+    """The parts of a server that routes use; `gateway` and `handlers` come when the engine does."""
+
+    settings: Settings
+    base: BaseSpec
+    store: Store
+    registry: Registry
+    ingest: Ingest
+    gateway: Gateway | None = None
+    handlers: Handlers | None = None
+    started: float = field(default_factory=time.time)
+
+    def ready(self) -> tuple[Gateway, Handlers]:
+        """The gateway and vLLM's handlers over it.
+
+        Raises:
+            EngineNotReady: the engine is starting.
+        """
+        if self.gateway is None or self.handlers is None:
+            raise EngineNotReady("The engine is starting; GET /ready says when it can answer.")
+        return self.gateway, self.handlers
+
+
+def _serving(request: Request) -> Serving:
+    return cast(Serving, request.app.state.serving)
+
+
+Served = Annotated[Serving, Depends(_serving)]
+Json = dict[str, Any]
