@@ -1,0 +1,78 @@
+"""What every test can use: the base model's folder, and PEFT adapters made for it."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# A developer's own settings are not the tests'.
+for name in [name for name in os.environ if name.startswith("LORAPLEX_")]:
+    del os.environ[name]
+
+from server.engine import launch  # noqa: E402
+
+launch.prepare_environment()  # before any test module imports vLLM
+
+from server.config import DEFAULT_MODEL, Settings  # noqa: E402
+from server.engine import base_model  # noqa: E402
+
+CACHE = Path(__file__).parent.parent / ".cache" / "loraplex"
+SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+
+MakeAdapter = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def base_folder() -> Path:
+    """The default base model, converted once for all test runs."""
+    return base_model.fetch(Settings.read(["--home", str(CACHE)]), print)
+
+
+@pytest.fixture
+def home(tmp_path: Path, base_folder: Path) -> Path:
+    """An empty state folder that has the base model."""
+    return _with_base(tmp_path / "home", base_folder)
+
+
+@pytest.fixture(scope="session")
+def session_home(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Path:
+    """The same for servers that live as long as the test run."""
+    return _with_base(tmp_path_factory.mktemp("session") / "home", base_folder)
+
+
+def _with_base(home: Path, base_folder: Path) -> Path:
+    (home / "base").mkdir(parents=True)
+    (home / "base" / DEFAULT_MODEL).symlink_to(base_folder)
+    return home
+
+
+@pytest.fixture(scope="session")
+def make_adapter(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeAdapter:
+    """`make_adapter(seed, rank=8)`: a PEFT folder for the base, as save_pretrained writes one.
+
+    Its B is random and large enough to change what the base says; equal arguments, equal weights.
+    """
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    def make(seed: int, rank: int = 8, std: float = 0.03) -> Path:
+        folder = tmp_path_factory.mktemp(f"adapter-{seed}-{rank}")
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_folder))
+        config = LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules=list(SEVEN), task_type="CAUSAL_LM"
+        )
+        peft_model = get_peft_model(model, config, low_cpu_mem_usage=True)
+        random = torch.Generator().manual_seed(seed)
+        weights = {}
+        for name, parameter in peft_model.named_parameters():
+            if "lora_" in name:
+                spread = std if "lora_B" in name else parameter.shape[-1] ** -0.5
+                weights[name] = spread * torch.randn(parameter.shape, generator=random)
+        peft_model.load_state_dict(weights, strict=False, assign=True)
+        peft_model.save_pretrained(folder)
+        return folder
+
+    return make

@@ -1,0 +1,128 @@
+"""vLLM's own frontend over a made-up engine process: real prompts, tokens, streams and aborts,
+but no model. A reply says who gives it: `base` or the first letters of an adapter's digest.
+"""
+
+import asyncio
+import itertools
+from argparse import Namespace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+from vllm.engine.arg_utils import AsyncEngineArgs
+from vllm.lora.request import LoRARequest
+from vllm.usage.usage_lib import UsageContext
+from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
+from vllm.v1.engine.async_llm import AsyncLLM
+from vllm.v1.engine.core_client import EngineCoreClient
+
+from server.engine.plugin import OUR_WRAPPER
+
+STEP_S = 0.005  # what a token takes
+
+
+def speaker(digest: str | None) -> str:
+    """What the fake calls the adapter with this digest, and the base."""
+    return "base" if digest is None else digest.removeprefix("sha256:")[:8]
+
+
+class FakeCore:
+    """In place of vLLM's client of its engine process.
+
+    `cold` collects adapters that a request came with and that were not loaded: vLLM would read
+    their files inside a step. `on_load`, when set, is awaited by each load.
+    """
+
+    def __init__(self, vllm_config: Any, renderer: Any) -> None:
+        self.resources = SimpleNamespace(engine_dead=False)
+        self.engine_ranks_managed = [0]
+        self.cold: list[str] = []
+        self.loads: list[str] = []
+        self.on_load: Any = None
+        self._tokenizer = renderer.tokenizer
+        self._capacity = vllm_config.lora_config.max_cpu_loras
+        self._loaded: dict[int, str] = {}
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._outputs: asyncio.Queue[EngineCoreOutput] = asyncio.Queue()
+
+    @property
+    def running(self) -> int:
+        """Requests that the engine works on."""
+        return len(self._running)
+
+    async def add_request_async(self, request: EngineCoreRequest) -> None:
+        lora = request.lora_request
+        if lora is not None and lora.lora_int_id not in self._loaded:
+            self.cold.append(lora.lora_name)
+        self._running[request.request_id] = asyncio.create_task(self._reply(request))
+
+    async def abort_requests_async(self, request_ids: list[str]) -> None:
+        for request_id in request_ids:
+            if task := self._running.pop(request_id, None):
+                task.cancel()
+
+    async def get_output_async(self) -> EngineCoreOutputs:
+        return EngineCoreOutputs(outputs=[await self._outputs.get()])
+
+    async def add_lora_async(self, lora: LoRARequest) -> bool:
+        if self.on_load is not None:
+            await self.on_load(lora)
+        if not Path(lora.lora_path, "adapter_model.safetensors").is_file():
+            raise RuntimeError(f"no adapter in {lora.lora_path}")
+        if len(self._loaded) >= self._capacity:
+            raise AssertionError("more adapters than the host cache holds")
+        self._loaded[lora.lora_int_id] = lora.lora_name
+        self.loads.append(lora.lora_name)
+        return True
+
+    async def remove_lora_async(self, lora_id: int) -> bool:
+        return self._loaded.pop(lora_id, None) is not None
+
+    async def list_loras_async(self) -> set[int]:
+        return set(self._loaded)
+
+    async def get_supported_tasks_async(self) -> tuple[str, ...]:
+        return ("generate",)
+
+    async def collective_rpc_async(self, *_: Any) -> list[str]:
+        return [OUR_WRAPPER]
+
+    async def reset_mm_cache_async(self) -> None: ...
+
+    def shutdown(self, timeout: float | None = None) -> None: ...
+
+    async def _reply(self, request: EngineCoreRequest) -> None:
+        params = request.sampling_params
+        lora = request.lora_request
+        said = f"{speaker(lora.lora_name if lora else None)} has read your words and says hello"
+        tokens = self._tokenizer.encode(said, add_special_tokens=False)
+        if params.ignore_eos:
+            tokens = itertools.cycle(tokens)
+        else:
+            tokens = [*tokens, self._tokenizer.eos_token_id]
+        for count, token in enumerate(tokens, start=1):
+            await asyncio.sleep(STEP_S)
+            stop = token == self._tokenizer.eos_token_id and not params.ignore_eos
+            finish = FinishReason.STOP if stop else None
+            if finish is None and count >= params.max_tokens:
+                finish = FinishReason.LENGTH
+            self._outputs.put_nowait(
+                EngineCoreOutput(request.request_id, [token], finish_reason=finish)
+            )
+            if finish is not None:
+                self._running.pop(request.request_id, None)
+                return
+
+
+def start(args: Namespace) -> AsyncLLM:
+    """An engine as `server.engine.launch.start` gives one, with a FakeCore in it."""
+
+    def make(vllm_config: Any, *_: Any, renderer: Any = None, **__: Any) -> FakeCore:
+        return FakeCore(vllm_config, renderer)
+
+    config = AsyncEngineArgs.from_cli_args(args).create_engine_config(
+        usage_context=UsageContext.OPENAI_API_SERVER
+    )
+    with patch.object(EngineCoreClient, "make_async_mp_client", make):
+        return AsyncLLM.from_vllm_config(config, disable_log_stats=True)

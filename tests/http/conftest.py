@@ -1,0 +1,118 @@
+"""The HTTP app over the fake engine, on a real port."""
+
+import socket
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import uvicorn
+
+from server import app
+from server.config import Settings
+from server.engine import launch
+from server.routes import Serving
+from tests import fake_engine
+from tests.conftest import MakeAdapter
+
+SLOTS, HOST = 2, 3
+
+
+@dataclass
+class Running:
+    """A server, and the inside of it that HTTP does not show."""
+
+    url: str
+    serving: Serving
+    engine: Any
+
+    @property
+    def core(self) -> fake_engine.FakeCore:
+        return self.engine.engine_core
+
+
+def settings(home: Path, *more: str) -> Settings:
+    sizes = ("--max-loras", str(SLOTS), "--max-cpu-loras", str(HOST), "--max-upload-mb", "30")
+    return Settings.read(["--home", str(home), "--no-demo-adapters", *sizes, *more])
+
+
+def serve(chosen: Settings, base_folder: Path) -> Iterator[Running]:
+    """Runs a server in a thread until the generator is closed."""
+    serving = app.build(chosen, base_folder)
+    args = launch.parse(chosen, base_folder, ["q_proj", "k_proj"])
+    ready, engines, errors = threading.Event(), [], []
+
+    def start() -> Any:
+        engines.append(fake_engine.start(args))
+        return engines[0]
+
+    def done(error: Exception | None) -> None:
+        errors.append(error)
+        ready.set()
+
+    http = app.create_app(serving, args, start, done)
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(
+            uvicorn.Config(http, log_level="error", timeout_graceful_shutdown=1)
+        )
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
+        thread.start()
+        try:
+            assert ready.wait(60)
+            assert errors == [None], errors
+            port = listener.getsockname()[1]
+            yield Running(f"http://127.0.0.1:{port}", serving, engines[0])
+        finally:
+            server.should_exit = True
+            thread.join()
+
+
+@pytest.fixture(scope="session")
+def running(session_home: Path, base_folder: Path) -> Iterator[Running]:
+    yield from serve(settings(session_home), base_folder)
+
+
+@pytest.fixture(scope="session")
+def http(running: Running) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=running.url, timeout=30) as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def nothing_left(running: Running) -> Iterator[None]:
+    """After each test: no request, lease or load is left, and nothing was loaded in a step."""
+    yield
+    gateway = running.serving.gateway
+    assert gateway is not None
+    for _ in range(100):
+        entries = list(gateway.residency._entries.values())
+        if not running.core.running and not any(e.leases for e in entries) and not gateway._loads:
+            break
+        threading.Event().wait(0.02)
+    else:
+        raise AssertionError(f"left behind: {running.core.running} requests, {entries}")
+    assert running.core.cold == []
+    assert list((running.serving.settings.home / "store" / "incoming").iterdir()) == []
+
+
+def upload(client: httpx.Client, name: str, folder: Path, **fields: str) -> httpx.Response:
+    files = [
+        ("files", (file.name, file.read_bytes()))
+        for file in sorted(folder.iterdir())
+        if file.suffix in (".json", ".safetensors")
+    ]
+    return client.post("/v1/adapters", data={"name": name, **fields}, files=files)
+
+
+@pytest.fixture(scope="session")
+def four(http: httpx.Client, make_adapter: MakeAdapter) -> dict[str, str]:
+    """Four adapters on the server, one more than its host cache holds: digests by name."""
+    digests = {}
+    for seed, name in enumerate(("one", "two", "three", "four"), start=1):
+        reply = upload(http, name, make_adapter(seed))
+        assert reply.status_code in (200, 201), reply.text
+        digests[name] = reply.json()["digest"]
+    return digests

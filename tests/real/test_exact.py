@@ -1,0 +1,175 @@
+"""Every row of every batch is what PEFT computes for its own adapter: the first invariant.
+
+Tolerance: the server works in bf16, the reference in fp32. On the base alone, where no adapter is
+involved, logprobs of the five best tokens differ by up to about 0.2 nats; BF16 allows for twice
+that. What would be wrong differs by whole nats, which `test_the_bound_tells_adapters_apart` shows.
+"""
+
+import asyncio
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+import adapters.demo
+from tests.real.conftest import Server
+from tests.real.reference import Gap, Reference, Reply, gap
+
+BF16 = 0.4
+TOKENS = 20
+NAMES = ("base", "sql", "code", "poetry")
+PROMPTS = {
+    name: f"{text}\n"
+    for name, text in {
+        "base": "The three largest oceans of the earth are the",
+        "sql": "Table employees(id, name, city, salary). How many employees live in Oslo?",
+        "code": "Complete this Python function.\n\ndef total(numbers):",
+        "poetry": "Write a four-line poem about the river, rhyming AABB.",
+    }.items()
+}
+
+
+@pytest.fixture(scope="module")
+def prompts(http: httpx.Client) -> dict[str, list[int]]:
+    """The prompt of each name as tokens, with the chat template."""
+    return {
+        name: http.post("/tokenize", json={"messages": [{"role": "user", "content": text}]}).json()[
+            "tokens"
+        ]
+        for name, text in PROMPTS.items()
+    }
+
+
+@pytest.fixture(scope="module")
+def reference(base_folder: Path, server: Server) -> Reference:
+    return Reference(base_folder, {name: adapters.demo.WEIGHTS / name for name in NAMES[1:]})
+
+
+async def ask(client: httpx.AsyncClient, name: str, prompt: list[int], **more: Any) -> Reply:
+    asked = {
+        "model": name,
+        "prompt": prompt,
+        "max_tokens": TOKENS,
+        "temperature": 0,
+        "logprobs": 5,
+        "return_tokens_as_token_ids": True,
+        **more,
+    }
+    reply = await client.post("/v1/completions", json=asked)
+    assert reply.status_code == 200, reply.text
+    logprobs = reply.json()["choices"][0]["logprobs"]
+    return Reply(
+        tuple(_id(token) for token in logprobs["tokens"]),
+        tuple(
+            tuple((_id(token), value) for token, value in each.items())
+            for each in logprobs["top_logprobs"]
+        ),
+    )
+
+
+def _id(token: str) -> int:
+    return int(token.removeprefix("token_id:"))
+
+
+async def together(server: Server, asked: list[tuple[str, list[int]]]) -> list[Reply]:
+    async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+        return await asyncio.gather(*(ask(client, name, prompt) for name, prompt in asked))
+
+
+def measure(
+    reference: Reference, name: str, prompt: list[int], reply: Reply, seen: dict[Any, Any]
+) -> Gap:
+    key = (name, tuple(prompt), reply.tokens)
+    if key not in seen:
+        seen[key] = reference.logprobs(name, prompt, reply.tokens)
+    return gap(reply, seen[key])
+
+
+@pytest.fixture(scope="module")
+def seen() -> dict[Any, Any]:
+    """Reference logprobs by adapter, prompt and reply: most replies come many times."""
+    return {}
+
+
+@pytest.mark.parametrize("name", NAMES)
+async def test_alone(
+    server: Server, reference: Reference, prompts: Any, seen: dict[Any, Any], name: str
+) -> None:
+    (reply,) = await together(server, [(name, prompts[name])])
+    assert len(reply.logprobs) == len(reply.tokens) > 1
+    assert min(len(each) for each in reply.logprobs) >= 5
+    found = measure(reference, name, prompts[name], reply, seen)
+    assert max(found.logprob, found.choice) < BF16, found
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(NAMES)), ids="-".join)
+async def test_in_a_mixed_batch_in_every_order(
+    server: Server,
+    reference: Reference,
+    prompts: Any,
+    seen: dict[Any, Any],
+    order: tuple[str, ...],
+) -> None:
+    replies = await together(server, [(name, prompts[name]) for name in order])
+    for name, reply in zip(order, replies, strict=True):
+        found = measure(reference, name, prompts[name], reply, seen)
+        assert max(found.logprob, found.choice) < BF16, (name, found)
+
+
+async def test_the_same_prompt_on_everybody(
+    server: Server, reference: Reference, prompts: Any, seen: dict[Any, Any]
+) -> None:
+    prompt = prompts["poetry"]
+    replies = await together(server, [(name, prompt) for name in NAMES * 2])
+    for name, reply in zip(NAMES * 2, replies, strict=True):
+        found = measure(reference, name, prompt, reply, seen)
+        assert max(found.logprob, found.choice) < BF16, (name, found)
+    assert len({reply.tokens for reply in replies}) == len(NAMES)
+
+
+async def test_the_bound_tells_adapters_apart(
+    server: Server, reference: Reference, prompts: Any
+) -> None:
+    """A reply held against another adapter's reference, or the base's, is far out of bounds."""
+    prompt = prompts["base"]
+    replies = await together(server, [(name, prompt) for name in NAMES])
+    for (name, reply), other in itertools.product(zip(NAMES, replies, strict=True), NAMES):
+        found = gap(reply, reference.logprobs(other, prompt, reply.tokens))
+        assert (found.logprob < BF16) == (name == other), (name, other, found)
+
+
+async def test_prefill_and_decode_in_one_batch(
+    server: Server, reference: Reference, prompts: Any, seen: dict[Any, Any]
+) -> None:
+    """Long prompts arrive while others decode: steps that hold both kinds of rows."""
+    long = prompts["sql"] * 12
+    async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+        running = asyncio.gather(
+            *(ask(client, name, prompts[name], max_tokens=40) for name in NAMES)
+        )
+        await asyncio.sleep(0.5)
+        late = await asyncio.gather(*(ask(client, name, long, max_tokens=4) for name in NAMES))
+        early = await running
+    for name, reply in zip(NAMES, early, strict=True):
+        found = measure(reference, name, prompts[name], reply, seen)
+        assert max(found.logprob, found.choice) < BF16, (name, found)
+    for name, reply in zip(NAMES, late, strict=True):
+        found = measure(reference, name, long, reply, seen)
+        assert max(found.logprob, found.choice) < BF16, (name, found)
+
+
+def test_streams_tell_the_same_tokens(server: Server, prompts: Any) -> None:
+    asked = {
+        "model": "poetry",
+        "prompt": prompts["poetry"],
+        "max_tokens": TOKENS,
+        "temperature": 0,
+    }
+    with httpx.Client(base_url=server.url, timeout=120) as client:
+        whole = client.post("/v1/completions", json=asked).json()["choices"][0]["text"]
+        lines = client.post("/v1/completions", json=asked | {"stream": True}).text.splitlines()
+    events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    assert "".join(event["choices"][0]["text"] for event in events) == whole

@@ -1,0 +1,79 @@
+"""Last of all: the server is killed, nothing of it stays, and it comes back as it was."""
+
+import contextlib
+import os
+import signal
+import threading
+import time
+
+import httpx
+
+from tests.conftest import MakeAdapter
+from tests.http.conftest import upload
+from tests.real.conftest import Server
+
+
+def alive(pids: set[int]) -> set[int]:
+    found = set()
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/stat") as stat:
+                if stat.read().rsplit(")", 1)[1].split()[0] != "Z":
+                    found.add(pid)
+        except FileNotFoundError:
+            pass
+    return found
+
+
+def gone(pids: set[int], within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while alive(pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return not alive(pids)
+
+
+def stream(server: Server, model: str) -> None:
+    asked = {"model": model, "prompt": "On", "max_tokens": 1000, "ignore_eos": True, "stream": True}
+    with contextlib.suppress(httpx.TransportError):  # it is killed in the middle of it
+        httpx.post(f"{server.url}/v1/completions", json=asked, timeout=60)
+
+
+def test_killed_and_started_again(
+    server: Server, http: httpx.Client, make_adapter: MakeAdapter
+) -> None:
+    upload(http, "survivor", make_adapter(9), alias="prod")
+    asked = {"model": "survivor@prod", "prompt": "The sea", "max_tokens": 12, "temperature": 0}
+    before = http.post("/v1/completions", json=asked).json()["choices"][0]["text"]
+    listed = http.get("/v1/adapters").json()["data"]
+    busy = [threading.Thread(target=stream, args=(server, m)) for m in ("base", "sql", "survivor")]
+    for thread in busy:
+        thread.start()
+    time.sleep(2)
+
+    processes = server.descendants()
+    assert len(processes) >= 2
+    server.kill(signal.SIGKILL)
+    assert gone(processes, within_s=5), alive(processes)
+    for thread in busy:
+        thread.join()
+
+    server.start()
+    after = http.get("/v1/adapters").json()["data"]
+    names = [adapter["name"] for adapter in after]
+    assert {"sql", "code", "poetry", "survivor"} <= set(names)
+    keep = ("name", "aliases", "created", "metadata")
+    assert [{k: a[k] for k in keep} for a in after] == [{k: a[k] for k in keep} for a in listed]
+    assert http.post("/v1/completions", json=asked).json()["choices"][0]["text"] == before
+
+
+def test_sigterm_ends_the_server_and_all_of_it(server: Server) -> None:
+    busy = threading.Thread(target=stream, args=(server, "base"))
+    busy.start()
+    time.sleep(1)
+    processes = server.descendants()
+    server.kill(signal.SIGTERM)
+    assert server.process is not None
+    assert server.process.returncode == 0, server.log
+    assert gone(processes, within_s=5), alive(processes)
+    busy.join()
+    assert os.path.exists(server._home / "registry.db")

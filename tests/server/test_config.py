@@ -1,0 +1,64 @@
+"""Flags, environment and defaults make the same settings; mistakes are said in lines."""
+
+from pathlib import Path
+
+import pytest
+
+from server.config import PREFIX, ConfigError, Settings
+
+
+def test_defaults() -> None:
+    settings = Settings.read([])
+    assert (settings.host, settings.port) == ("127.0.0.1", 8000)
+    assert (settings.max_loras, settings.max_lora_rank, settings.host_capacity) == (8, 64, 32)
+    assert settings.home == Path.home() / ".local/share/loraplex"
+    assert settings.base_name == "smollm2-135m-instruct"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("port", "9"), ("home", "/x"), ("max_loras", "3"), ("demo_adapters", "false"), ("model", "m")],
+)
+def test_every_flag_has_an_environment_variable(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
+    flag = "--no-demo-adapters" if name == "demo_adapters" else f"--{name.replace('_', '-')}"
+    by_flag = Settings.read([flag] if name == "demo_adapters" else [flag, value])
+    monkeypatch.setenv(PREFIX + name.upper(), value)
+    assert Settings.read([]) == by_flag != Settings.model_construct()
+    assert getattr(by_flag, name) != Settings.model_fields[name].default
+
+
+def test_a_flag_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAPLEX_PORT", "1")
+    assert Settings.read(["--port", "2"]).port == 2
+
+
+def test_what_is_not_ours_goes_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAPLEX_QUANTIZATION", "fp8")
+    monkeypatch.setenv("LORAPLEX_ENFORCE_EAGER", "true")
+    settings = Settings.read(["--tensor-parallel-size", "4", "--max-loras", "3"])
+    assert settings.max_loras == 3
+    assert settings.engine == [
+        *("--enforce-eager", "--quantization", "fp8"),
+        *("--tensor-parallel-size", "4"),
+    ]
+
+
+def test_every_problem_is_a_line() -> None:
+    with pytest.raises(ConfigError) as caught:
+        Settings.read(["--port", "0", "--max-loras", "many", "--max-lora-rank", "7"])
+    lines = str(caught.value).splitlines()
+    assert len(lines) == 3
+    assert any(line.startswith("--max-loras / LORAPLEX_MAX_LORAS: ") for line in lines)
+
+
+def test_the_host_cache_holds_the_slots() -> None:
+    assert Settings.read(["--max-loras", "40"]).host_capacity == 40
+    with pytest.raises(ConfigError, match=r"max_cpu_loras \(4\) must be at least max_loras \(8\)"):
+        Settings.read(["--max-cpu-loras", "4"])
+
+
+def test_every_setting_is_described() -> None:
+    for name, field in Settings.model_fields.items():
+        assert field.description, name
