@@ -257,12 +257,11 @@ class Registry:
 
         Raises InvalidReference, AdapterNotFound, VersionNotFound, AliasNotFound.
         """
-        asked = Reference.parse(reference) if isinstance(reference, str) else reference
-        with self._read() as db:
-            row = db.execute(_resolution(asked)).first()
-            if row is not None:
-                return _version(asked.name, row)
-            raise _why_not(db, asked)
+        return self._resolve(reference, _BRIEF)
+
+    def show(self, reference: str | Reference) -> Version:
+        """The same with checks and algebra, which a request that only runs has no use for."""
+        return self._resolve(reference, tuple(_versions.c))
 
     def delete_adapter(self, name: str) -> Digests:
         """Deletes the adapter, its versions and aliases. Raises AdapterNotFound.
@@ -352,6 +351,14 @@ class Registry:
         """Whether a version needs `digest`."""
         with self._read() as db:
             return not _unreferenced(db, [digest])
+
+    def _resolve(self, reference: str | Reference, columns: tuple[sa.Column[Any], ...]) -> Version:
+        asked = Reference.parse(reference) if isinstance(reference, str) else reference
+        with self._read() as db:
+            row = db.execute(_resolution(asked, columns)).first()
+            if row is not None:
+                return _version(asked.name, row)
+            raise _why_not(db, asked)
 
     @contextmanager
     def _read(self) -> Iterator[sa.Connection]:
@@ -506,13 +513,13 @@ def _unreferenced(db: sa.Connection, digests: Iterable[str]) -> Digests:
     return sorted(asked - set(db.scalars(needed)))
 
 
-def _resolution(asked: Reference) -> sa.Select[Any]:
+def _resolution(asked: Reference, columns: tuple[sa.Column[Any], ...]) -> sa.Select[Any]:
     joined = _versions.join(_adapters, _versions.c.adapter_id == _adapters.c.id)
     if asked.alias not in (None, LATEST):
         same = _aliases.c.number == _versions.c.number
         joined = joined.join(_aliases, (_aliases.c.adapter_id == _adapters.c.id) & same)
     query = (
-        sa.select(*_BRIEF)
+        sa.select(*columns)
         .select_from(joined)
         .where(_adapters.c.name == asked.name, ~_adapters.c.deleted, _versions.c.state == READY)
         .order_by(_versions.c.number.desc())

@@ -22,8 +22,8 @@ _MAX_GROUPS = 64
 _BUDGET_S = 2.0
 # Compiling (((a{999}){999}){999}), or a+ in a hundred groups that are repeated too, takes all the
 # memory there is, and the engine compiles rank_pattern again with the same library. So groups
-# are not repeated (a group that is optional is fine), counts are small, and of the extensions
-# only plain and named groups and assertions are known. Other braces are text to `re`, which PEFT uses, but
+# are not repeated (an optional group is fine), counts are small, and of the extensions only plain
+# and named groups and assertions are known. Other braces are text to `re`, which PEFT uses, but
 # may mean fuzzy matching to `regex`.
 _UNSAFE = re.compile(
     r"\)\s*[*+{]"  # a repeated group

@@ -42,8 +42,7 @@ def serve(context: typer.Context) -> None:
     try:
         _serve(Settings.read(context.args))
     except (ConfigError, AdapterError, OSError) as error:
-        for line in str(error).splitlines():
-            console.print(f"loraplex: {line}", style="red", markup=False, soft_wrap=True)
+        _complain(str(error))
         raise typer.Exit(1) from None
 
 
@@ -83,7 +82,7 @@ def _serve(settings: Settings) -> None:
     _say("starting the engine (about a minute without a GPU)")
     server.run(sockets=[listener])
     for error in failed:
-        console.print(f"loraplex: the engine did not start: {error}", style="red", markup=False)
+        _complain(f"the engine did not start: {error}")
     # Not through the interpreter's own end: it would wait for a thread that starts an engine.
     logging.shutdown()
     sys.stdout.flush()
@@ -108,6 +107,11 @@ def _listen(settings: Settings) -> socket.socket:
 
 def _say(line: str) -> None:
     console.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] {line}", soft_wrap=True)
+
+
+def _complain(text: str) -> None:
+    for line in text.splitlines():
+        console.print(f"loraplex: {line}", style="red", markup=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -3,8 +3,11 @@
 import os
 import sys
 from argparse import Namespace
+from dataclasses import fields
 from pathlib import Path
 from typing import Any, NoReturn
+
+from pydantic import ValidationError
 
 from server.config import ConfigError, Settings
 from server.engine.plugin import OUR_WRAPPER
@@ -12,6 +15,34 @@ from server.engine.plugin import OUR_WRAPPER
 WORKER_EXTENSION = "server.engine.plugin.WorkerExtension"
 CPU_CONTEXT = 2048  # tokens; prefill without a GPU takes seconds from here on
 CPU_KV_CACHE_GIB = "1"  # vLLM zeroes it at start: 4 GiB, its default, takes 11 s on two cores
+
+# Flags of vLLM's HTTP server that its handlers read, and that we hand on therefore. The others
+# (--api-key, --ssl-keyfile…) would be silently without effect, so they are refused.
+HANDLED = {
+    "anthropic_disabled_thinking_effort",
+    "chat_template",
+    "chat_template_content_format",
+    "default_chat_template_kwargs",
+    "enable_auto_tool_choice",
+    "enable_force_include_usage",
+    "enable_log_deltas",
+    "enable_log_outputs",
+    "enable_per_request_metrics",
+    "enable_prompt_tokens_details",
+    "exclude_tools_when_tool_choice_none",
+    "fingerprint_mode",
+    "fingerprint_value",
+    "log_error_stack",
+    "max_log_len",
+    "response_role",
+    "return_tokens_as_token_ids",
+    "tool_call_parser",
+    "tool_server",
+    "tool_strict_level",
+    "trust_request_chat_template",
+    "trust_request_mm_kwargs",
+}
+RESERVED = {"default_mm_loras", "enable_lora", "lora_target_modules", "worker_extension_cls"}
 
 # Set for vLLM where the operator has not: quiet, no telemetry, and a start method under which
 # the engine's processes run our plugin from the beginning.
@@ -50,7 +81,7 @@ def parse(settings: Settings, folder: Path, linears: list[str]) -> Namespace:
 
     class Parser(FlexibleArgumentParser):  # type: ignore[misc]
         def error(self, message: str) -> NoReturn:
-            raise ConfigError(f"{message} (a flag goes to vLLM when it is none of loraplex's own)")
+            raise ConfigError(f"vLLM: {message}")
 
     arguments = [
         *("--model", str(folder)),
@@ -67,13 +98,32 @@ def parse(settings: Settings, folder: Path, linears: list[str]) -> Namespace:
         length = min(CPU_CONTEXT, _context(folder))
     if length is not None:
         arguments += ["--max-model-len", str(length)]
+    parser = make_arg_parser(Parser())
+    args, unknown = parser.parse_known_args([*arguments, *settings.engine])
+    if unknown:
+        raise ConfigError(
+            f"neither loraplex nor vLLM has the setting {' '.join(unknown)} (as a flag, or in the "
+            "environment, where --max-loras is LORAPLEX_MAX_LORAS)"
+        )
+    _refuse_unused(args, parser.parse_args(arguments))
     try:
-        # vLLM calls sys.exit for some values; here every bad value is an error of the settings.
-        args = make_arg_parser(Parser()).parse_args([*arguments, *settings.engine])
         validate_parsed_serve_args(args)
-    except (SystemExit, TypeError, ValueError) as error:
-        raise ConfigError(f"vLLM refuses its arguments: {error}") from None
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"vLLM: {_reason(error)}") from None
     return args  # type: ignore[no-any-return]
+
+
+def _refuse_unused(args: Namespace, ours: Namespace) -> None:
+    """Raises ConfigError for settings of vLLM's HTTP server, or ones that only we may choose."""
+    from vllm.entrypoints.launchers.cli_args import FrontendArgs
+
+    unused = {field.name for field in fields(FrontendArgs)} - HANDLED | RESERVED
+    for name in sorted(unused & vars(ours).keys()):
+        if getattr(args, name) != getattr(ours, name):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is a setting of vLLM's own server or of its LoRA "
+                "loading, which Loraplex has its own way of; it would do nothing here"
+            )
 
 
 def _context(folder: Path) -> int:
@@ -97,7 +147,7 @@ def start(args: Namespace) -> Any:
     try:
         config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     except (ValueError, OSError, NotImplementedError) as error:
-        raise ConfigError(f"vLLM cannot serve {args.model}: {_first_reason(error)}") from None
+        raise ConfigError(f"vLLM cannot serve {args.model}: {_reason(error)}") from None
     return AsyncLLM.from_vllm_config(
         config,
         usage_context=UsageContext.OPENAI_API_SERVER,
@@ -106,12 +156,9 @@ def start(args: Namespace) -> Any:
     )
 
 
-def _first_reason(error: Exception) -> str:
-    # pydantic puts a count and the class first, the reason on the third line
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return next(
-        (line for line in lines if "error" in line.lower() and " for " not in line), lines[0]
-    )
+def _reason(error: Exception) -> str:
+    said = [each["msg"] for each in error.errors()] if isinstance(error, ValidationError) else []
+    return " ".join("; ".join(said or [str(error)]).split())
 
 
 async def verify(engine: Any) -> None:

@@ -89,7 +89,7 @@ def show(name: str, serving: Served) -> Json:
 @router.get("/{name}/versions/{version}")
 def show_version(name: str, version: str, serving: Served) -> Json:
     """One version, by number, alias or digest."""
-    return _show_version(serving, serving.registry.resolve(f"{name}@{version}"))
+    return _show_version(serving, serving.registry.show(f"{name}@{version}"))
 
 
 @router.delete("/{name}")
