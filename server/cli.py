@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 import socket
 import sys
 import time
@@ -80,6 +81,9 @@ def _serve(settings: Settings) -> None:
     http = app.create_app(serving, args, lambda: launch.start(args), done)
     server = uvicorn.Server(uvicorn.Config(http, log_level="warning", timeout_graceful_shutdown=5))
     _say("starting the engine (about a minute without a GPU)")
+    # uvicorn raises a signal that ended it once more when it is done; here that is a normal end.
+    for ending in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(ending, lambda *_: None)
     server.run(sockets=[listener])
     for error in failed:
         _complain(f"the engine did not start: {error}")

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
-from server.config import ConfigError, Settings
+from server.config import DEFAULT_MODEL, ConfigError, Settings
 from server.engine.plugin import OUR_WRAPPER
 
 WORKER_EXTENSION = "server.engine.plugin.WorkerExtension"
@@ -93,6 +93,8 @@ def parse(settings: Settings, folder: Path, linears: list[str]) -> Namespace:
         *("--lora-target-modules", *linears),
         *("--worker-extension-cls", WORKER_EXTENSION),
     ]
+    if settings.model == DEFAULT_MODEL:
+        arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     length = settings.max_model_len
     if length is None and current_platform.is_cpu():
         length = min(CPU_CONTEXT, _context(folder))

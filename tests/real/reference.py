@@ -40,26 +40,20 @@ class Reference:
         return logits[len(prompt) - 1 : -1].log_softmax(-1)
 
 
-@dataclass(frozen=True)
-class Gap:
-    """How far a reply is from a reference, in nats: `logprob` is the largest difference of a
-    logprob the server gave, `choice` the most that a chosen token was worse than the best one.
-    """
-
-    logprob: float
-    choice: float
+ATOL, RTOL = 0.25, 0.05  # nats, and share of the logprob
 
 
-def gap(reply: Reply, want: torch.Tensor) -> Gap:
-    """Compares a reply with reference logprobs for the very tokens it has.
+def gap(reply: Reply, want: torch.Tensor) -> float:
+    """How much of the tolerance a reply uses, held against reference logprobs for its very tokens.
 
-    A greedy text may flip where two tokens are nearly as good (the server computes in bf16), so
-    texts are not compared; a flip between such tokens is a small `choice`.
+    Above 1 the reply is wrong: a logprob it gave is off by more than ATOL + RTOL·|logprob|, or a
+    token it chose was more than ATOL worse than the best. Texts are not compared: a greedy text may
+    flip where two tokens are nearly as good, since the server computes in bf16.
     """
     told = [
-        abs(want[i, token].item() - logprob)
+        abs(want[i, token].item() - logprob) / (ATOL + RTOL * abs(logprob))
         for i, each in enumerate(reply.logprobs)
         for token, logprob in each
     ]
     chosen = want[torch.arange(len(reply.tokens)), torch.tensor(reply.tokens)]
-    return Gap(max(told), (want.max(-1).values - chosen).max().item())
+    return max(*told, (want.max(-1).values - chosen).max().item() / ATOL)

@@ -1,8 +1,9 @@
 """Every row of every batch is what PEFT computes for its own adapter: the first invariant.
 
-Tolerance: the server works in bf16, the reference in fp32. On the base alone, where no adapter is
-involved, logprobs of the five best tokens differ by up to about 0.2 nats; BF16 allows for twice
-that. What would be wrong differs by whole nats, which `test_the_bound_tells_adapters_apart` shows.
+Tolerance (ATOL and RTOL of reference.py): the server works in bf16, the reference in fp32. On the
+base alone, where no adapter is involved, logprobs of the five best tokens differ by up to 0.2 nats
+here, those of unlikely tokens by more. What is wrong is far outside of it:
+test_the_bound_tells_adapters_apart.
 """
 
 import asyncio
@@ -16,9 +17,8 @@ import pytest
 
 import adapters.demo
 from tests.real.conftest import Server
-from tests.real.reference import Gap, Reference, Reply, gap
+from tests.real.reference import Reference, Reply, gap
 
-BF16 = 0.4
 TOKENS = 20
 NAMES = ("base", "sql", "code", "poetry")
 PROMPTS = {
@@ -81,7 +81,7 @@ async def together(server: Server, asked: list[tuple[str, list[int]]]) -> list[R
 
 def measure(
     reference: Reference, name: str, prompt: list[int], reply: Reply, seen: dict[Any, Any]
-) -> Gap:
+) -> float:
     key = (name, tuple(prompt), reply.tokens)
     if key not in seen:
         seen[key] = reference.logprobs(name, prompt, reply.tokens)
@@ -102,7 +102,7 @@ async def test_alone(
     assert len(reply.logprobs) == len(reply.tokens) > 1
     assert min(len(each) for each in reply.logprobs) >= 5
     found = measure(reference, name, prompts[name], reply, seen)
-    assert max(found.logprob, found.choice) < BF16, found
+    assert found < 1, found
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(NAMES)), ids="-".join)
@@ -116,7 +116,7 @@ async def test_in_a_mixed_batch_in_every_order(
     replies = await together(server, [(name, prompts[name]) for name in order])
     for name, reply in zip(order, replies, strict=True):
         found = measure(reference, name, prompts[name], reply, seen)
-        assert max(found.logprob, found.choice) < BF16, (name, found)
+        assert found < 1, (name, found)
 
 
 async def test_the_same_prompt_on_everybody(
@@ -126,7 +126,7 @@ async def test_the_same_prompt_on_everybody(
     replies = await together(server, [(name, prompt) for name in NAMES * 2])
     for name, reply in zip(NAMES * 2, replies, strict=True):
         found = measure(reference, name, prompt, reply, seen)
-        assert max(found.logprob, found.choice) < BF16, (name, found)
+        assert found < 1, (name, found)
     assert len({reply.tokens for reply in replies}) == len(NAMES)
 
 
@@ -138,7 +138,7 @@ async def test_the_bound_tells_adapters_apart(
     replies = await together(server, [(name, prompt) for name in NAMES])
     for (name, reply), other in itertools.product(zip(NAMES, replies, strict=True), NAMES):
         found = gap(reply, reference.logprobs(other, prompt, reply.tokens))
-        assert (found.logprob < BF16) == (name == other), (name, other, found)
+        assert (found < 1) == (name == other), (name, other, found)
 
 
 async def test_prefill_and_decode_in_one_batch(
@@ -155,10 +155,10 @@ async def test_prefill_and_decode_in_one_batch(
         early = await running
     for name, reply in zip(NAMES, early, strict=True):
         found = measure(reference, name, prompts[name], reply, seen)
-        assert max(found.logprob, found.choice) < BF16, (name, found)
+        assert found < 1, (name, found)
     for name, reply in zip(NAMES, late, strict=True):
         found = measure(reference, name, long, reply, seen)
-        assert max(found.logprob, found.choice) < BF16, (name, found)
+        assert found < 1, (name, found)
 
 
 def test_streams_tell_the_same_tokens(server: Server, prompts: Any) -> None:

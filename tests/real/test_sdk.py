@@ -15,7 +15,11 @@ from tests.real.conftest import Server
 
 NAMES = ["base", "sql", "code", "poetry"]
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
-TOPIC = [{"role": "user", "content": "Write a four-line poem about the river, rhyming AABB."}]
+POEM = (
+    "Write a poem of exactly four lines, 6 to 11 syllables each, rhymed AABB. "
+    "Reply with the poem only.\n\nTopic: river (use this word). Mood: calm."
+)
+TOPIC = [{"role": "user", "content": POEM}]
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +119,7 @@ def test_a_named_tool_is_called(client: openai.OpenAI) -> None:
         "type": "function",
         "function": {
             "name": "get_weather",
-            "description": "The weather in a city.",
+            "description": "The weather in a city, in celsius or fahrenheit.",
             "parameters": {
                 "type": "object",
                 "properties": {"unit": {"type": "string", "enum": ["celsius", "fahrenheit"]}},
