@@ -19,8 +19,8 @@ lint: .venv/.dev
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
-scores: .venv/.dev ## start a server, score the demo adapters and the base through it, print the table
-	.venv/bin/python -m adapters.demo.score --serve
+scores: .venv/.dev ## start a server, score the demo adapters and the bare base through it, print the table
+	@deploy/with-server.sh .venv/bin/python -m adapters.demo.score --json benchmarks/demo-scores.json
 
 install: .venv/.runtime
 
