@@ -94,7 +94,9 @@ def parse(settings: Settings, folder: Path, linears: list[str]) -> Namespace:
         *("--worker-extension-cls", WORKER_EXTENSION),
     ]
     if settings.model == DEFAULT_MODEL:
+        # A model this small calls tools in form only where its tokens are held to their schema.
         arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
+        arguments += ["--tool-strict-level", "parameter"]
     length = settings.max_model_len
     if length is None and current_platform.is_cpu():
         length = min(CPU_CONTEXT, _context(folder))

@@ -1,5 +1,6 @@
 """What an adapter should say: the base and PEFT, in fp32, one prompt at a time."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -40,20 +41,26 @@ class Reference:
         return logits[len(prompt) - 1 : -1].log_softmax(-1)
 
 
-ATOL, RTOL = 0.25, 0.05  # nats, and share of the logprob
+# Nats. What bf16 costs by itself, measured with `transformers` in bf16 against fp32 on these
+# adapters: 0.05 to 0.10 on average, up to 0.3 for a likely token, up to 0.6 for an unlikely one.
+MEAN = 0.25  # over all logprobs that the server gave
+LIKELY = 0.5  # for any token with at least 5 % of the probability
+CHOICE = 0.25  # how much worse a chosen token may be than the best
 
 
 def gap(reply: Reply, want: torch.Tensor) -> float:
     """How much of the tolerance a reply uses, held against reference logprobs for its very tokens.
 
-    Above 1 the reply is wrong: a logprob it gave is off by more than ATOL + RTOL·|logprob|, or a
-    token it chose was more than ATOL worse than the best. Texts are not compared: a greedy text may
-    flip where two tokens are nearly as good, since the server computes in bf16.
+    Above 1 the reply is wrong. Texts are not compared: a greedy text may flip where two tokens are
+    nearly as good, since the server computes in bf16.
     """
     told = [
-        abs(want[i, token].item() - logprob) / (ATOL + RTOL * abs(logprob))
+        (want[i, token].item(), logprob)
         for i, each in enumerate(reply.logprobs)
         for token, logprob in each
     ]
+    off = [abs(wanted - logprob) for wanted, logprob in told]
+    likely = [abs(wanted - logprob) for wanted, logprob in told if wanted > math.log(0.05)]
     chosen = want[torch.arange(len(reply.tokens)), torch.tensor(reply.tokens)]
-    return max(*told, (want.max(-1).values - chosen).max().item() / ATOL)
+    worse = (want.max(-1).values - chosen).max().item()
+    return max(sum(off) / len(off) / MEAN, max(likely) / LIKELY, worse / CHOICE)
