@@ -1,6 +1,6 @@
 """adapter_model.safetensors: a strict reader of its header, and its data in blocks.
 
-The format (https://huggingface.co/docs/safetensors): eight bytes of little-endian header
+The format: eight bytes of little-endian header
 length, that many bytes of JSON, then the tensors' data, contiguous.
 """
 
