@@ -1,7 +1,7 @@
 """adapter_model.safetensors: a strict reader of its header, and its data in blocks.
 
-The format: eight bytes of little-endian header
-length, that many bytes of JSON, then the tensors' data, contiguous.
+The format: eight bytes of little-endian header length, that many bytes of JSON, then the
+tensors' data, contiguous.
 """
 
 from __future__ import annotations
