@@ -128,10 +128,9 @@ async def _begin(asked: Awaitable[Any], request: Request, call: Call) -> Any:
             events = _events(result)
             first = await anext(events, "")
             result = _with_first(first, events)
-    except AdapterLoadFailed:
-        raise
     except Exception as error:
         result = explain(error)
+    # Handlers make anything an error of their own; this one has a status and a code of ours.
     if isinstance(call.error, AdapterLoadFailed):
         raise call.error
     return result

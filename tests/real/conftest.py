@@ -54,16 +54,6 @@ class Server:
         self.process.send_signal(how)
         self.process.wait(30)
 
-    def descendants(self) -> set[int]:
-        """Process ids of all that the server has started."""
-        assert self.process is not None
-        listed = subprocess.run(["ps", "-eo", "pid=,ppid="], capture_output=True, text=True)
-        parents = [tuple(map(int, line.split())) for line in listed.stdout.splitlines()]
-        found = {self.process.pid}
-        while more := {pid for pid, parent in parents if parent in found} - found:
-            found |= more
-        return found - {self.process.pid}
-
 
 @pytest.fixture(scope="session")
 def server(session_home: Path) -> Iterator[Server]:

@@ -10,26 +10,8 @@ import httpx
 
 from tests.conftest import MakeAdapter
 from tests.http.conftest import upload
+from tests.processes import alive, descendants, gone
 from tests.real.conftest import Server
-
-
-def alive(pids: set[int]) -> set[int]:
-    found = set()
-    for pid in pids:
-        try:
-            with open(f"/proc/{pid}/stat") as stat:
-                if stat.read().rsplit(")", 1)[1].split()[0] != "Z":
-                    found.add(pid)
-        except FileNotFoundError:
-            pass
-    return found
-
-
-def gone(pids: set[int], within_s: float) -> bool:
-    deadline = time.monotonic() + within_s
-    while alive(pids) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    return not alive(pids)
 
 
 def stream(server: Server, model: str) -> None:
@@ -50,7 +32,8 @@ def test_killed_and_started_again(
         thread.start()
     time.sleep(2)
 
-    processes = server.descendants()
+    assert server.process is not None
+    processes = descendants(server.process.pid)
     assert len(processes) >= 2
     server.kill(signal.SIGKILL)
     assert gone(processes, within_s=5), alive(processes)
@@ -70,9 +53,9 @@ def test_sigterm_ends_the_server_and_all_of_it(server: Server) -> None:
     busy = threading.Thread(target=stream, args=(server, "base"))
     busy.start()
     time.sleep(1)
-    processes = server.descendants()
-    server.kill(signal.SIGTERM)
     assert server.process is not None
+    processes = descendants(server.process.pid)
+    server.kill(signal.SIGTERM)
     assert server.process.returncode == 0, server.log
     assert gone(processes, within_s=5), alive(processes)
     busy.join()

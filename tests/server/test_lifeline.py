@@ -1,12 +1,12 @@
 """Processes that follow a server end when it does, however it ends."""
 
-import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
+
+from tests.processes import alive, descendants, gone
 
 # A server, its child as vLLM starts one (deaf to SIGTERM), and a child of that.
 CHILD = (
@@ -28,21 +28,6 @@ SERVER = (
 )
 
 
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    with open(f"/proc/{pid}/stat") as stat:
-        return stat.read().rsplit(")", 1)[1].split()[0] != "Z"
-
-
-def descendants(pid: int) -> set[int]:
-    found = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True)
-    children = {int(line) for line in found.stdout.split()}
-    return children.union(*(descendants(child) for child in children))
-
-
 @pytest.mark.parametrize("ending", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_nobody_outlives_the_server(ending: signal.Signals) -> None:
     server = subprocess.Popen(
@@ -54,8 +39,5 @@ def test_nobody_outlives_the_server(ending: signal.Signals) -> None:
     assert len(children) == 2
     server.send_signal(ending)
     server.wait(5)
-    deadline = time.monotonic() + 5
-    while any(alive(child) for child in children) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert not [child for child in children if alive(child)]
+    assert gone(children, within_s=5), alive(children)
     server.stdout.close()
