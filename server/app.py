@@ -88,7 +88,7 @@ async def _start(
 ) -> None:
     try:
         engine = await asyncio.to_thread(start)
-        await launch.verify(engine)
+        serving.remarks = await launch.verify(engine)
         gateway = Gateway(
             engine,
             serving.registry,

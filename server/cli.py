@@ -7,6 +7,7 @@ import socket
 import sys
 import time
 from importlib.metadata import version
+from typing import Any
 
 from server import lifeline
 
@@ -48,10 +49,12 @@ def serve(context: typer.Context) -> None:
 
 
 def _serve(settings: Settings) -> None:
-    from server.engine import base_model, launch
+    from server.engine import base_model, launch, progress
 
+    began = time.monotonic()
     lifeline.hold()
-    launch.prepare_environment()
+    progress.begin()
+    launch.prepare_environment(settings.home)
     listener = _listen(settings)
     settings.home.mkdir(parents=True, exist_ok=True)
     _say(f"Loraplex {version('loraplex')}, state in {settings.home}")
@@ -65,7 +68,6 @@ def _serve(settings: Settings) -> None:
     serving = app.build(settings, folder)
     linears = sorted({path.rpartition(".")[2] for path in serving.base.linears} - {"lm_head"})
     args = launch.parse(settings, folder, linears)
-    began = time.monotonic()
     failed: list[Exception] = []
 
     def done(error: Exception | None) -> None:
@@ -74,13 +76,17 @@ def _serve(settings: Settings) -> None:
             server.should_exit = True
             return
         names = [adapter.name for adapter in serving.registry.list().data]
+        for remark in serving.remarks:
+            _say(remark)
         _say(f"ready after {time.monotonic() - began:.0f} s: {settings.base_name}")
         _say(f"adapters: {', '.join(names) or 'none yet'}")
         _say(f"http://{settings.host}:{settings.port}/v1  (try it: /docs; stop: Ctrl-C)")
 
-    http = app.create_app(serving, args, lambda: launch.start(args), done)
+    def start() -> Any:
+        return launch.start(args, settings.compile, _say)
+
+    http = app.create_app(serving, args, start, done)
     server = uvicorn.Server(uvicorn.Config(http, log_level="warning", timeout_graceful_shutdown=5))
-    _say("starting the engine (about a minute without a GPU)")
     # uvicorn raises a signal that ended it once more when it is done; here that is a normal end.
     for ending in (signal.SIGINT, signal.SIGTERM):
         signal.signal(ending, lambda *_: None)

@@ -2,13 +2,14 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, CliSettingsSource, CliUnknownArgs, SettingsConfigDict
 
 PREFIX = "LORAPLEX_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 class ConfigError(Exception):
@@ -58,8 +59,10 @@ class Settings(BaseSettings):
         ),
     ] = None
     max_lora_rank: Annotated[
-        Literal[1, 8, 16, 32, 64, 128, 256, 320, 512],
-        Field(description="Highest rank an adapter may have."),
+        int,
+        Field(
+            description="Highest rank an adapter may have: 1, 8, 16, 32, 64, 128, 256, 320, 512."
+        ),
     ] = 64
     max_model_len: Annotated[
         int | None,
@@ -71,12 +74,34 @@ class Settings(BaseSettings):
     demo_adapters: Annotated[
         bool, Field(description="Offer sql, code and poetry when the base is the default one.")
     ] = True
+    compile: Annotated[
+        bool | None,
+        Field(
+            description="Run the model through torch.compile: about a minute at the first start, a "
+            "few seconds at later ones. Without a GPU and where this is left out, only what an "
+            "earlier start has compiled is used."
+        ),
+    ] = None
+    cpu_lora_op: Annotated[
+        bool,
+        Field(
+            description="Without a GPU, apply adapters by the op made for that; without it they "
+            "are exact as well, but slow: for comparison."
+        ),
+    ] = True
     engine: Annotated[
         CliUnknownArgs,
         Field(
             description="Any other flag goes to vLLM by its name, e.g. --tensor-parallel-size 4."
         ),
     ]
+
+    @field_validator("max_lora_rank")
+    @classmethod
+    def _rank_that_vllm_takes(cls, rank: int) -> int:
+        if rank not in RANKS:
+            raise ValueError(f"it can be {', '.join(map(str, RANKS))}, not {rank}")
+        return rank
 
     @model_validator(mode="after")
     def _host_holds_slots(self) -> "Settings":

@@ -12,12 +12,12 @@ for name in [name for name in os.environ if name.startswith("LORAPLEX_")]:
 
 from server.engine import launch  # noqa: E402
 
-launch.prepare_environment()  # before any test module imports vLLM
+CACHE = Path(__file__).parent.parent / ".cache" / "loraplex"
+launch.prepare_environment(CACHE)  # before any test module imports vLLM
 
 from server.config import DEFAULT_MODEL, Settings  # noqa: E402
 from server.engine import base_model  # noqa: E402
 
-CACHE = Path(__file__).parent.parent / ".cache" / "loraplex"
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 MakeAdapter = Callable[..., Path]
@@ -32,16 +32,17 @@ def base_folder() -> Path:
 @pytest.fixture
 def home(tmp_path: Path, base_folder: Path) -> Path:
     """An empty state folder that has the base model."""
-    return _with_base(tmp_path / "home", base_folder)
+    return with_base(tmp_path / "home", base_folder)
 
 
 @pytest.fixture(scope="session")
 def session_home(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Path:
     """The same for servers that live as long as the test run."""
-    return _with_base(tmp_path_factory.mktemp("session") / "home", base_folder)
+    return with_base(tmp_path_factory.mktemp("session") / "home", base_folder)
 
 
-def _with_base(home: Path, base_folder: Path) -> Path:
+def with_base(home: Path, base_folder: Path) -> Path:
+    """A state folder with nothing but the base model in it."""
     (home / "base").mkdir(parents=True)
     (home / "base" / DEFAULT_MODEL).symlink_to(base_folder)
     return home

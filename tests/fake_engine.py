@@ -17,7 +17,7 @@ from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreReques
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
 
-from server.engine.plugin import OUR_WRAPPER
+from server.engine.plugin import OP_WRAPPER
 
 STEP_S = 0.005  # what a token takes
 
@@ -85,8 +85,8 @@ class FakeCore:
     async def get_supported_tasks_async(self) -> tuple[str, ...]:
         return ("generate",)
 
-    async def collective_rpc_async(self, *_: Any) -> list[str]:
-        return [OUR_WRAPPER]
+    async def collective_rpc_async(self, *_: Any) -> list[tuple[str, str, str]]:
+        return [(OP_WRAPPER, "torch", "")]
 
     async def reset_mm_cache_async(self) -> None: ...
 

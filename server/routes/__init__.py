@@ -28,6 +28,7 @@ class Serving:
     gateway: Gateway | None = None
     handlers: Handlers | None = None
     started: float = field(default_factory=time.time)
+    remarks: list[str] = field(default_factory=list)  # what to know about how the engine runs
 
     def ready(self) -> tuple[Gateway, Handlers]:
         """The gateway and vLLM's handlers over it.

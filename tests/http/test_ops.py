@@ -95,8 +95,8 @@ async def test_workers_that_apply_adapters_by_another_op_are_not_served(parts: A
     def start() -> Any:
         engine = fake_engine.start(args)
 
-        async def stock(*_: Any) -> list[str]:
-            return ["vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"]
+        async def stock(*_: Any) -> list[tuple[str, str, str]]:
+            return [("vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU", "off", "")]
 
         engine.engine_core.collective_rpc_async = stock
         return engine

@@ -12,17 +12,19 @@ from pathlib import Path
 import httpx
 import pytest
 
-START_S = 240  # on a busy machine; 40 is usual
+START_S = 300  # the first start of all compiles the model: 90 on a quiet machine
 
 
 class Server:
     """`loraplex serve` as a process, on a free port of loopback."""
 
-    def __init__(self, home: Path) -> None:
+    def __init__(self, home: Path, *flags: str, **environment: str) -> None:
         with socket.create_server(("127.0.0.1", 0)) as probe:
             self.port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
-        self._home = home
+        self._command = [str(Path(sys.executable).with_name("loraplex")), "serve", *flags]
+        self._command += ["--home", str(home), "--port", str(self.port)]
+        self._environment = os.environ | environment
         self._log = home / "server.log"
         self.process: subprocess.Popen[bytes] | None = None
 
@@ -31,11 +33,9 @@ class Server:
         return self._log.read_text()
 
     def start(self) -> None:
-        environment = os.environ | {"LORAPLEX_HOME": str(self._home)}
-        command = [str(Path(sys.executable).with_name("loraplex")), "serve"]
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                [*command, "--port", str(self.port)], env=environment, stdout=log, stderr=log
+                self._command, env=self._environment, stdout=log, stderr=log
             )
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:
@@ -49,6 +49,10 @@ class Server:
             time.sleep(0.5)
         raise AssertionError(f"the server is not ready:\n{self.log}")
 
+    def end(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            self.kill()
+
     def kill(self, how: signal.Signals = signal.SIGKILL) -> None:
         assert self.process is not None
         self.process.send_signal(how)
@@ -57,11 +61,10 @@ class Server:
 
 @pytest.fixture(scope="session")
 def server(session_home: Path) -> Iterator[Server]:
-    server = Server(session_home)
+    server = Server(session_home, "--compile")
     server.start()
     yield server
-    if server.process is not None and server.process.poll() is None:
-        server.kill()
+    server.end()
 
 
 @pytest.fixture(scope="session")

@@ -63,4 +63,4 @@ def gap(reply: Reply, want: torch.Tensor) -> float:
     likely = [abs(wanted - logprob) for wanted, logprob in told if wanted > math.log(0.05)]
     chosen = want[torch.arange(len(reply.tokens)), torch.tensor(reply.tokens)]
     worse = (want.max(-1).values - chosen).max().item()
-    return max(sum(off) / len(off) / MEAN, max(likely) / LIKELY, worse / CHOICE)
+    return max(sum(off) / len(off) / MEAN, max(likely, default=0) / LIKELY, worse / CHOICE)

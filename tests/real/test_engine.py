@@ -11,7 +11,7 @@ from vllm.lora.request import LoRARequest
 
 from server import lifeline
 from server.config import Settings
-from server.engine import launch
+from server.engine import launch, plugin
 from tests.conftest import SEVEN, MakeAdapter
 from tests.engine_contract import *  # noqa: F403
 
@@ -33,6 +33,6 @@ def lora(make_adapter: MakeAdapter) -> LoRARequest:
 
 
 async def test_verify_tells_another_op(engine: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "OUR_WRAPPER", "somebody.else")
-    with pytest.raises(RuntimeError, match=r"GroupedPunicaWrapper, not somebody\.else"):
+    monkeypatch.setattr(plugin, "OP_WRAPPER", "somebody.else")
+    with pytest.raises(RuntimeError, match=r"OpPunicaWrapper, not somebody\.else"):
         await launch.verify(engine)

@@ -7,6 +7,7 @@ made of. What is wrong is far outside of it, which test_the_bound_tells_adapters
 import asyncio
 import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import httpx
 import pytest
 
 import adapters.demo
+from tests.conftest import with_base
 from tests.real.conftest import Server
 from tests.real.reference import Reference, Reply, gap
 
@@ -30,6 +32,32 @@ PROMPTS = {
 }
 
 
+SLOW_FORM = "the CPU LoRA op was not compiled"
+OFF = "--no-cpu-lora-op"
+
+
+@pytest.fixture(scope="module", params=["op", "op in torch", "op off"])
+def target(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, base_folder: Path
+) -> Iterator[Server]:
+    """A server that applies adapters by the compiled op, by its form in torch, and without it."""
+    if request.param == "op":
+        server = request.getfixturevalue("server")
+        assert SLOW_FORM not in server.log
+        yield server
+        return
+    home = with_base(tmp_path_factory.mktemp("target"), base_folder)
+    if request.param == "op in torch":
+        server = Server(home, _LORAPLEX_CPU_LORA_OP="torch")
+    else:
+        server = Server(home, OFF)
+    server.start()
+    assert (SLOW_FORM in server.log) == (request.param == "op in torch")
+    assert (OFF in server.log) == (request.param == "op off")
+    yield server
+    server.end()
+
+
 @pytest.fixture(scope="module")
 def prompts(http: httpx.Client) -> dict[str, list[int]]:
     """The prompt of each name as tokens, with the chat template."""
@@ -42,7 +70,7 @@ def prompts(http: httpx.Client) -> dict[str, list[int]]:
 
 
 @pytest.fixture(scope="module")
-def reference(base_folder: Path, server: Server) -> Reference:
+def reference(base_folder: Path) -> Reference:
     return Reference(base_folder, {name: adapters.demo.WEIGHTS / name for name in NAMES[1:]})
 
 
@@ -94,9 +122,9 @@ def seen() -> dict[Any, Any]:
 
 @pytest.mark.parametrize("name", NAMES)
 async def test_alone(
-    server: Server, reference: Reference, prompts: Any, seen: dict[Any, Any], name: str
+    target: Server, reference: Reference, prompts: Any, seen: dict[Any, Any], name: str
 ) -> None:
-    (reply,) = await together(server, [(name, prompts[name])])
+    (reply,) = await together(target, [(name, prompts[name])])
     assert len(reply.logprobs) == len(reply.tokens) > 1
     assert min(len(each) for each in reply.logprobs) >= 5
     found = measure(reference, name, prompts[name], reply, seen)
@@ -105,23 +133,23 @@ async def test_alone(
 
 @pytest.mark.parametrize("order", list(itertools.permutations(NAMES)), ids="-".join)
 async def test_in_a_mixed_batch_in_every_order(
-    server: Server,
+    target: Server,
     reference: Reference,
     prompts: Any,
     seen: dict[Any, Any],
     order: tuple[str, ...],
 ) -> None:
-    replies = await together(server, [(name, prompts[name]) for name in order])
+    replies = await together(target, [(name, prompts[name]) for name in order])
     for name, reply in zip(order, replies, strict=True):
         found = measure(reference, name, prompts[name], reply, seen)
         assert found < 1, (name, found)
 
 
 async def test_the_same_prompt_on_everybody(
-    server: Server, reference: Reference, prompts: Any, seen: dict[Any, Any]
+    target: Server, reference: Reference, prompts: Any, seen: dict[Any, Any]
 ) -> None:
     prompt = prompts["poetry"]
-    replies = await together(server, [(name, prompt) for name in NAMES * 2])
+    replies = await together(target, [(name, prompt) for name in NAMES * 2])
     for name, reply in zip(NAMES * 2, replies, strict=True):
         found = measure(reference, name, prompt, reply, seen)
         assert found < 1, (name, found)
@@ -129,22 +157,22 @@ async def test_the_same_prompt_on_everybody(
 
 
 async def test_the_bound_tells_adapters_apart(
-    server: Server, reference: Reference, prompts: Any
+    target: Server, reference: Reference, prompts: Any
 ) -> None:
     """A reply held against another adapter's reference, or the base's, is far out of bounds."""
     prompt = prompts["base"]
-    replies = await together(server, [(name, prompt) for name in NAMES])
+    replies = await together(target, [(name, prompt) for name in NAMES])
     for (name, reply), other in itertools.product(zip(NAMES, replies, strict=True), NAMES):
         found = gap(reply, reference.logprobs(other, prompt, reply.tokens))
         assert (found < 1) == (name == other), (name, other, found)
 
 
 async def test_prefill_and_decode_in_one_batch(
-    server: Server, reference: Reference, prompts: Any, seen: dict[Any, Any]
+    target: Server, reference: Reference, prompts: Any, seen: dict[Any, Any]
 ) -> None:
     """Long prompts arrive while others decode: steps that hold both kinds of rows."""
     long = prompts["sql"] * 12
-    async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+    async with httpx.AsyncClient(base_url=target.url, timeout=120) as client:
         running = asyncio.gather(
             *(ask(client, name, prompts[name], max_tokens=40) for name in NAMES)
         )
@@ -161,14 +189,14 @@ async def test_prefill_and_decode_in_one_batch(
         assert found < 1, (name, found)
 
 
-def test_streams_tell_the_same_tokens(server: Server, prompts: Any) -> None:
+def test_streams_tell_the_same_tokens(target: Server, prompts: Any) -> None:
     asked = {
         "model": "poetry",
         "prompt": prompts["poetry"],
         "max_tokens": TOKENS,
         "temperature": 0,
     }
-    with httpx.Client(base_url=server.url, timeout=120) as client:
+    with httpx.Client(base_url=target.url, timeout=120) as client:
         whole = client.post("/v1/completions", json=asked).json()["choices"][0]["text"]
         lines = client.post("/v1/completions", json=asked | {"stream": True}).text.splitlines()
     events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]

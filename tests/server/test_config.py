@@ -17,13 +17,16 @@ def test_defaults() -> None:
 
 @pytest.mark.parametrize(
     ("name", "value"),
-    [("port", "9"), ("home", "/x"), ("max_loras", "3"), ("demo_adapters", "false"), ("model", "m")],
+    [
+        *(("port", "9"), ("home", "/x"), ("max_loras", "3"), ("model", "m")),
+        *(("max_lora_rank", "8"), ("demo_adapters", "false"), ("cpu_lora_op", "false")),
+    ],
 )
 def test_every_flag_has_an_environment_variable(
     monkeypatch: pytest.MonkeyPatch, name: str, value: str
 ) -> None:
-    flag = "--no-demo-adapters" if name == "demo_adapters" else f"--{name.replace('_', '-')}"
-    by_flag = Settings.read([flag] if name == "demo_adapters" else [flag, value])
+    flag = name.replace("_", "-")
+    by_flag = Settings.read([f"--no-{flag}"] if value == "false" else [f"--{flag}", value])
     monkeypatch.setenv(PREFIX + name.upper(), value)
     assert Settings.read([]) == by_flag != Settings.model_construct()
     assert getattr(by_flag, name) != Settings.model_fields[name].default
@@ -51,6 +54,11 @@ def test_every_problem_is_a_line() -> None:
     lines = str(caught.value).splitlines()
     assert len(lines) == 3
     assert any(line.startswith("--max-loras / LORAPLEX_MAX_LORAS: ") for line in lines)
+
+
+def test_compile_is_a_third_thing_when_left_out() -> None:
+    said = [Settings.read(flags).compile for flags in ([], ["--compile"], ["--no-compile"])]
+    assert said == [None, True, False]
 
 
 def test_the_host_cache_holds_the_slots() -> None:

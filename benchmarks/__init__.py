@@ -1,0 +1,1 @@
+"""The same work for Loraplex and its peers, measured in one run."""

@@ -1,0 +1,1 @@
+"""The LoRA op on CPU, and how vLLM's layers come to use it."""

@@ -1,0 +1,255 @@
+// The torch op loraplex::add_lora, and what it works on: the weights in each slot of each layer, and
+// which rows of the running step belong to which slot. One engine process has one of each.
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <c10/util/irange.h>
+#include <torch/library.h>
+
+#include <algorithm>
+#include <vector>
+
+#include "kernels.h"
+
+namespace loraplex {
+namespace {
+
+// Below this many multiplications a second thread costs more than it saves.
+constexpr int64_t WORTH_A_THREAD = 200'000;
+constexpr int64_t BLOCK = 32;  // rows that go through both products together, their h in L1
+
+// The adapter of one layer and slot. A has the slices of a fused layer (q, k, v) below each other,
+// so that x is read once for all; B is stored [rank, width], the way the second product reads it.
+struct Slice {
+  at::Tensor b;
+  int64_t first_rank, rank, first_output, width;
+};
+struct Weights {
+  at::Tensor a;
+  std::vector<Slice> slices;
+  int64_t rank = 0;     // of all slices together
+  int64_t outputs = 0;  // Σ rank · width of the slices
+};
+struct Layer {
+  int64_t batch;
+  std::vector<Weights> slots;
+};
+
+struct Group {
+  int64_t slot, first, count;  // rows[first : first + count]
+};
+struct Batch {
+  std::vector<int32_t> rows;
+  std::vector<Group> groups;
+  int32_t last_row = -1;
+};
+
+std::vector<Layer> layers;
+std::vector<Batch> batches;
+
+// Best first.
+std::vector<const Kernels*> available() {
+  std::vector<const Kernels*> found;
+#ifdef X86
+  for (auto each : {kernels_avx512(), kernels_avx2()})
+    if (each) found.push_back(each);
+#endif
+  found.push_back(kernels_generic());
+  return found;
+}
+
+const Kernels* kernels = available().front();
+
+Element element(at::ScalarType type) {
+  switch (type) {
+    case at::kBFloat16: return BF16;
+    case at::kHalf: return FP16;
+    case at::kFloat: return FP32;
+    default: TORCH_CHECK(false, "adapters are applied in bf16, fp16 or fp32, not in ", type);
+  }
+}
+
+// --- state ------------------------------------------------------------------------------------
+
+int64_t new_batch() {
+  batches.emplace_back();
+  return int64_t(batches.size()) - 1;
+}
+
+int64_t new_layer(int64_t slots, int64_t batch) {
+  layers.push_back({batch, std::vector<Weights>(slots)});
+  return int64_t(layers.size()) - 1;
+}
+
+void set_slot(int64_t layer, int64_t slot, const at::Tensor& a, at::TensorList b,
+              at::IntArrayRef outputs) {
+  Weights w;
+  w.a = a.contiguous();
+  TORCH_CHECK(b.size() == outputs.size(), "one first output for each slice");
+  for (auto i : c10::irange(b.size())) {
+    TORCH_CHECK(b[i].scalar_type() == a.scalar_type(), "A and B of different types");
+    w.slices.push_back({b[i].contiguous(), w.rank, b[i].size(0), outputs[i], b[i].size(1)});
+    w.rank += b[i].size(0);
+    w.outputs += b[i].numel();
+  }
+  TORCH_CHECK(a.dim() == 2 && a.size(0) == w.rank, "A has ", a.size(0), " ranks, B ", w.rank);
+  layers.at(layer).slots.at(slot) = std::move(w);
+}
+
+void set_rows(int64_t batch, const at::Tensor& rows, at::IntArrayRef slots,
+              at::IntArrayRef counts) {
+  TORCH_CHECK(rows.scalar_type() == at::kInt && rows.is_contiguous(), "rows are int32");
+  Batch next;
+  next.rows.assign(rows.const_data_ptr<int32_t>(), rows.const_data_ptr<int32_t>() + rows.numel());
+  int64_t first = 0;
+  for (auto i : c10::irange(slots.size())) {
+    next.groups.push_back({slots[i], first, counts.at(i)});
+    first += counts[i];
+  }
+  TORCH_CHECK(first == rows.numel(), "groups of ", first, " rows, but ", rows.numel(), " given");
+  for (auto row : next.rows) next.last_row = std::max(next.last_row, row);
+  batches.at(batch) = std::move(next);
+}
+
+// --- the op -----------------------------------------------------------------------------------
+
+struct Task {  // some rows of one group
+  const Weights* weights;
+  const int32_t* rows;
+  int64_t count;
+  float* h;
+};
+
+class Call {
+ public:
+  Call(at::Tensor& y, const at::Tensor& x)
+      : type_(element(y.scalar_type())), y_(y), x_(x) {}
+
+  void shrink(const Task& task, int64_t first, int64_t last) const {
+    auto& a = task.weights->a;
+    auto start = static_cast<const char*>(a.const_data_ptr()) + first * a.size(1) * a.itemsize();
+    kernels->shrink[type_](x_.const_data_ptr(), x_.stride(0), task.rows, task.count, start,
+                           a.size(1), last - first, task.h + first, task.weights->rank);
+  }
+
+  void expand(const Task& task, const Slice& slice, int64_t first, int64_t last) const {
+    auto size = y_.itemsize();
+    auto out = static_cast<char*>(y_.mutable_data_ptr()) + (slice.first_output + first) * size;
+    auto b = static_cast<const char*>(slice.b.const_data_ptr()) + first * size;
+    kernels->expand[type_](out, y_.stride(0), task.rows, task.count, task.h + slice.first_rank,
+                           task.weights->rank, b, slice.width, slice.rank, last - first);
+  }
+
+  void both(const Task& task) const {
+    shrink(task, 0, task.weights->rank);
+    for (auto& slice : task.weights->slices) expand(task, slice, 0, slice.width);
+  }
+
+ private:
+  Element type_;
+  at::Tensor& y_;
+  const at::Tensor& x_;
+};
+
+// Few rows, much rank: each product is cut across its outputs, with all threads between the two.
+void split_each(const Call& call, const std::vector<Task>& tasks) {
+  struct Piece {
+    const Task* task;
+    const Slice* slice;
+    int64_t first, last;
+  };
+  auto run = [](const std::vector<Piece>& pieces, auto&& f) {
+    at::parallel_for(0, int64_t(pieces.size()), 1, [&](int64_t begin, int64_t end) {
+      for (auto i : c10::irange(begin, end)) f(pieces[i]);
+    });
+  };
+  auto cut = [](std::vector<Piece>& pieces, const Task& task, const Slice* slice, int64_t total,
+                int64_t step) {
+    for (int64_t first = 0; first < total; first += step)
+      pieces.push_back({&task, slice, first, std::min(first + step, total)});
+  };
+  std::vector<Piece> ranks, outputs;
+  for (auto& task : tasks) {
+    cut(ranks, task, nullptr, task.weights->rank, 8);
+    for (auto& slice : task.weights->slices) cut(outputs, task, &slice, slice.width, 192);
+  }
+  run(ranks, [&](const Piece& p) { call.shrink(*p.task, p.first, p.last); });
+  run(outputs, [&](const Piece& p) { call.expand(*p.task, *p.slice, p.first, p.last); });
+}
+
+void add_lora(at::Tensor& y, const at::Tensor& x, int64_t layer_index) {
+  const Layer& layer = layers.at(layer_index);
+  const Batch& batch = batches.at(layer.batch);
+  if (batch.groups.empty()) return;
+  TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(0) == y.size(0) &&
+                  batch.last_row < x.size(0) && x.scalar_type() == y.scalar_type(),
+              "x ", x.sizes(), " and y ", y.sizes(), " do not fit each other, or the step's ",
+              batch.last_row + 1, " rows");
+  if (x.stride(1) != 1) return add_lora(y, x.contiguous(), layer_index);
+  if (y.stride(1) != 1) {
+    at::Tensor copy = y.contiguous();
+    add_lora(copy, x, layer_index);
+    y.copy_(copy);
+    return;
+  }
+
+  std::vector<Task> tasks;
+  int64_t scratch = 0, work = 0;
+  for (auto& group : batch.groups) {
+    const Weights& w = layer.slots.at(group.slot);
+    if (w.rank == 0) continue;
+    TORCH_CHECK(w.a.size(1) == x.size(1) && w.a.scalar_type() == x.scalar_type(),
+                "an adapter for ", w.a.size(1), " inputs in ", w.a.scalar_type(), " on x ",
+                x.sizes(), " in ", x.scalar_type());
+    for (int64_t done = 0; done < group.count; done += BLOCK) {
+      int64_t count = std::min(BLOCK, group.count - done);
+      tasks.push_back({&w, batch.rows.data() + group.first + done, count, nullptr});
+      scratch += count * w.rank;
+      work += std::max<int64_t>(count, 4) * (w.a.numel() + w.outputs);
+    }
+  }
+  static thread_local std::vector<float> buffer;
+  if (int64_t(buffer.size()) < scratch) buffer.resize(scratch);
+  float* h = buffer.data();
+  for (auto& task : tasks) {
+    task.h = h;
+    h += task.count * task.weights->rank;
+  }
+
+  Call call(y, x);
+  int64_t threads = at::get_num_threads(), count = int64_t(tasks.size());
+  if (threads == 1 || work < WORTH_A_THREAD) {
+    for (auto& task : tasks) call.both(task);
+  } else if (count < threads) {
+    split_each(call, tasks);
+  } else {
+    at::parallel_for(0, count, 1, [&](int64_t begin, int64_t end) {
+      for (auto i : c10::irange(begin, end)) call.both(tasks[i]);
+    });
+  }
+}
+
+std::vector<std::string> instruction_sets() {
+  std::vector<std::string> names;
+  for (auto each : available()) names.push_back(each->name);
+  return names;
+}
+
+void use_instruction_set(std::string name) {
+  for (auto each : available())
+    if (each->name == name) kernels = each;
+}
+
+}  // namespace
+
+TORCH_LIBRARY_FRAGMENT(loraplex, m) {
+  m.def("new_batch() -> int", new_batch);
+  m.def("new_layer(int slots, int batch) -> int", new_layer);
+  m.def("set_slot(int layer, int slot, Tensor a, Tensor[] b, int[] outputs) -> ()", set_slot);
+  m.def("set_rows(int batch, Tensor rows, int[] slots, int[] counts) -> ()", set_rows);
+  m.def("instruction_sets() -> str[]", instruction_sets);
+  m.def("use_instruction_set(str name) -> ()", use_instruction_set);
+}
+
+TORCH_LIBRARY_IMPL(loraplex, CPU, m) { m.impl("add_lora", add_lora); }
+
+}  // namespace loraplex

@@ -1,0 +1,40 @@
+"""Exact with every number of slots, adapters of mixed rank, chunked prefill and prefix cache."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import MakeAdapter
+from tests.real.every_max_loras import MOST
+from tests.real.reference import Reference, Reply, gap
+
+RANKS = (8, 16, 64)
+
+
+@pytest.mark.timeout(900)
+def test_every_row_is_what_peft_says(base_folder: Path, make_adapter: MakeAdapter) -> None:
+    ranks = [RANKS[i % len(RANKS)] for i in range(MOST + 1)]
+    folders = [make_adapter(100 + i, rank, std=0.01) for i, rank in enumerate(ranks)]
+    command = [sys.executable, "-m", "tests.real.every_max_loras", str(base_folder)]
+    done = subprocess.run(
+        [*command, *map(str, folders)], capture_output=True, text=True, timeout=800
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[{")]
+    assert [line[0]["slots"] for line in lines] == list(range(1, MOST + 1))
+
+    reference = Reference(base_folder, {str(i): folder for i, folder in enumerate(folders)})
+    worst = 0.0
+    for answer in (each for line in lines for each in line):
+        name = "base" if answer["adapter"] is None else str(answer["adapter"])
+        reply = Reply(
+            tuple(answer["tokens"]),
+            tuple(tuple((t, p) for t, p in each) for each in answer["logprobs"]),
+        )
+        found = gap(reply, reference.logprobs(name, answer["prompt"], reply.tokens))
+        assert found < 1, (answer["slots"], name, found)
+        worst = max(worst, found)
+    print(f"the worst row uses {worst:.2f} of the tolerance")
