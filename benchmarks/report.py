@@ -250,12 +250,15 @@ def _plot_ratios(
         colour = {True: "tab:green", False: "tab:red", None: "tab:blue"}[each.holds]
         axes.plot([spread.low, spread.high], [row, row], color=colour, alpha=0.4, linewidth=4)
         axes.plot([spread.median], [row], "o", color=colour)
+        axes.annotate(f"{spread.median:.2f}", (spread.median, row + 0.2), fontsize=7, ha="center")
         for bar in (each.ratio.at_least, each.ratio.at_most):
             if bar is not None:
                 axes.plot([bar, bar], [row - 0.35, row + 0.35], color="black", linewidth=1.5)
     labels = [f"{e.ratio.case}\n{e.ratio.target} / {e.ratio.against}" for e, _ in reversed(run)]
     axes.set_yticks(range(len(run)), labels, fontsize=7)
     axes.axvline(1, color="grey", linewidth=0.5)
+    axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:g}")
     axes.set_title(f"{workload.name}: ratios (dot: medians, band: single rounds, tick: bar)")
     _save(figure, path)
 

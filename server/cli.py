@@ -54,7 +54,7 @@ def _serve(settings: Settings) -> None:
     began = time.monotonic()
     lifeline.hold()
     progress.begin()
-    launch.prepare_environment(settings.home)
+    launch.prepare_environment(settings.home, settings.cpu_lora_op)
     listener = _listen(settings)
     settings.home.mkdir(parents=True, exist_ok=True)
     _say(f"Loraplex {version('loraplex')}, state in {settings.home}")

@@ -1,8 +1,9 @@
 """What every test can use: the base model's folder, and PEFT adapters made for it."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -52,18 +53,26 @@ def with_base(home: Path, base_folder: Path) -> Path:
 def make_adapter(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeAdapter:
     """`make_adapter(seed, rank=8)`: a PEFT folder for the base, as save_pretrained writes one.
 
+    `targets` are the linears it is for; more keywords go to LoraConfig.
+
     Its B is random and large enough to change what the base says; equal arguments, equal weights.
     """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    def make(seed: int, rank: int = 8, std: float = 0.03) -> Path:
+    def make(
+        seed: int, rank: int = 8, std: float = 0.03, targets: Sequence[str] = SEVEN, **more: Any
+    ) -> Path:
         folder = tmp_path_factory.mktemp(f"adapter-{seed}-{rank}")
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_folder))
         config = LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules=list(SEVEN), task_type="CAUSAL_LM"
+            r=rank,
+            lora_alpha=2 * rank,
+            target_modules=list(targets),
+            task_type="CAUSAL_LM",
+            **more,
         )
         peft_model = get_peft_model(model, config, low_cpu_mem_usage=True)
         random = torch.Generator().manual_seed(seed)

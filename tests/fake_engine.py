@@ -85,8 +85,9 @@ class FakeCore:
     async def get_supported_tasks_async(self) -> tuple[str, ...]:
         return ("generate",)
 
-    async def collective_rpc_async(self, *_: Any) -> list[tuple[str, str, str]]:
-        return [(OP_WRAPPER, "torch", "")]
+    async def collective_rpc_async(self, *_: Any) -> list[dict[str, Any]]:
+        state = {"wrapper": OP_WRAPPER, "replaced": True, "form": "torch", "why": "it is a fake"}
+        return [state | {"compiled": False, "stages": ""}]
 
     async def reset_mm_cache_async(self) -> None: ...
 

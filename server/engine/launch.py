@@ -2,11 +2,11 @@
 
 import hashlib
 import os
+import platform
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import fields
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,9 +15,12 @@ from pydantic import ValidationError
 from server.config import DEFAULT_MODEL, ConfigError, Settings
 from server.engine import plugin, progress
 
+COMPILED = "_LORAPLEX_COMPILED"  # the file that remembers what this start compiles or loads
 WORKER_EXTENSION = "server.engine.plugin.WorkerExtension"
 CPU_CONTEXT = 2048  # tokens; prefill without a GPU takes seconds from here on
 CPU_KV_CACHE_GIB = "1"  # vLLM zeroes it at start: 4 GiB, its default, takes 11 s on two cores
+
+FEW_CORES = 4  # of more, vLLM may keep one free of computing, as it does of any number by itself
 
 # Flags of vLLM's HTTP server that its handlers read, and that we hand on therefore. The others
 # (--api-key, --ssl-keyfile…) would be silently without effect, so they are refused.
@@ -49,6 +52,7 @@ RESERVED = {
     "default_mm_loras",
     "enable_lora",
     "fully_sharded_loras",
+    "lora_dtype",
     "lora_target_modules",
     "worker_extension_cls",
 }
@@ -60,7 +64,6 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_CPU_KVCACHE_SPACE": CPU_KV_CACHE_GIB,
-    "VLLM_CPU_NUM_OF_RESERVED_CPU": "0",  # by default one core computes nothing, of two as of 64
     "TOKENIZERS_PARALLELISM": "false",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TORCH_LOGS": "-torch._library.triton",  # or each process says that there is none
@@ -68,16 +71,32 @@ ENVIRONMENT = {
 }
 
 
-def prepare_environment(home: Path) -> None:
-    """Sets what vLLM reads from the environment; to be called before anything imports it.
+def prepare_environment(home: Path, cpu_lora_op: bool = True) -> None:
+    """Sets what vLLM and our plugin read from the environment, before anything imports them.
 
-    What vLLM compiles and caches then lives under `home`.
+    What vLLM compiles and caches then lives under `home`, apart for each kind of CPU: it is code
+    for one, and would give wrong numbers on another.
     """
-    for name, value in (ENVIRONMENT | {"VLLM_CACHE_ROOT": str(home / "engine")}).items():
+    wanted = ENVIRONMENT | {"VLLM_CACHE_ROOT": str(home / "engine" / _cpu())}
+    if not cpu_lora_op:
+        wanted[plugin.FORM] = "off"
+    if len(os.sched_getaffinity(0)) <= FEW_CORES:
+        wanted["VLLM_CPU_NUM_OF_RESERVED_CPU"] = "0"
+    for name, value in wanted.items():
         os.environ.setdefault(name, value)
     allowed = os.environ.get("VLLM_PLUGINS")
     if allowed is not None and "loraplex" not in allowed.split(","):
         os.environ["VLLM_PLUGINS"] = f"{allowed},loraplex".lstrip(",")
+
+
+def _cpu() -> str:
+    """A short name of what this CPU can do."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+    return hashlib.sha256(f"{platform.machine()} {flags}".encode()).hexdigest()[:12]
 
 
 def parse(settings: Settings, folder: Path, linears: list[str]) -> Namespace:
@@ -98,7 +117,7 @@ def parse(settings: Settings, folder: Path, linears: list[str]) -> Namespace:
             raise ConfigError(f"vLLM: {message}")
 
     arguments = [
-        *("--model", str(folder)),
+        *("--model", str(folder.resolve())),  # what is compiled is kept by this path
         *("--served-model-name", settings.base_name, "base"),
         "--enable-lora",
         *("--max-loras", str(settings.max_loras)),
@@ -114,15 +133,15 @@ def parse(settings: Settings, folder: Path, linears: list[str]) -> Namespace:
         arguments += ["--tool-strict-level", "parameter"]
     if settings.compile is False:
         arguments.append("--enforce-eager")
-    os.environ.setdefault(plugin.FORM, "compiled")
-    if not settings.cpu_lora_op:
-        os.environ[plugin.FORM] = "off"
     length = settings.max_model_len
     if length is None and current_platform.is_cpu():
         length = min(CPU_CONTEXT, _context(folder))
     if length is not None:
         arguments += ["--max-model-len", str(length)]
-    parser = make_arg_parser(Parser())
+    try:
+        parser = make_arg_parser(Parser())
+    except plugin.UnexpectedVllmError as error:
+        raise ConfigError(str(error)) from None
     args, unknown = parser.parse_known_args([*arguments, *settings.engine])
     if unknown:
         raise ConfigError(
@@ -172,36 +191,42 @@ def start(args: Namespace, compile: bool | None = None, say: Callable[[str], Non
     from vllm.v1.engine.async_llm import AsyncLLM
 
     engine_args = AsyncEngineArgs.from_cli_args(args)
-    try:
-        config = engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
-    except (ValueError, OSError, NotImplementedError) as error:
-        raise ConfigError(f"vLLM cannot serve {args.model}: {_reason(error)}") from None
-    compilation = config.compilation_config
-    compiled = _compiled(config)
-    if current_platform.is_cpu() and compilation.mode != CompilationMode.NONE:
-        if not compile and not compiled.exists():
-            compilation.mode = CompilationMode.NONE
-        elif not compiled.exists():
+
+    def configure() -> Any:
+        try:
+            return engine_args.create_engine_config(usage_context=UsageContext.OPENAI_API_SERVER)
+        except (ValueError, OSError, NotImplementedError) as error:
+            raise ConfigError(f"vLLM cannot serve {args.model}: {_reason(error)}") from None
+
+    config = configure()
+    os.environ.pop(COMPILED, None)
+    if current_platform.is_cpu() and config.compilation_config.mode != CompilationMode.NONE:
+        compiled = _compiled(config)
+        if compiled.exists() or compile:
+            os.environ[COMPILED] = str(compiled)
+        else:
+            engine_args.enforce_eager = True
+            config = configure()
+        if compile and not compiled.exists():
             say("compiling the model: about a minute, once; later starts load the result")
     progress.passed("imports", "starting the engine's process")
-    engine = AsyncLLM.from_vllm_config(
+    return AsyncLLM.from_vllm_config(
         config,
         usage_context=UsageContext.OPENAI_API_SERVER,
         enable_log_requests=args.enable_log_requests,
         disable_log_stats=args.disable_log_stats,
     )
-    if compilation.mode != CompilationMode.NONE:
-        compiled.parent.mkdir(parents=True, exist_ok=True)
-        compiled.touch()
-    return engine
 
 
 def _compiled(config: Any) -> Path:
     """A file that is there when a start with this configuration has compiled the model."""
+    from vllm import envs
+    from vllm.compilation.caching import aot_compile_hash_factors
+
     traced = Path(__file__).with_name("cpu") / "punica.py"
-    key = hashlib.sha256(f"{version('vllm-cpu')} {config.compute_hash()}".encode())
-    key.update(traced.read_bytes())
-    return Path(os.environ["VLLM_CACHE_ROOT"], "loraplex-compiled", key.hexdigest()[:16])
+    key = hashlib.sha256(str(aot_compile_hash_factors(config)).encode())
+    key.update(platform.python_version().encode() + traced.read_bytes())
+    return Path(envs.VLLM_CACHE_ROOT, "loraplex-compiled", key.hexdigest()[:16])
 
 
 def _reason(error: Exception) -> str:
@@ -222,23 +247,36 @@ async def verify(engine: Any) -> list[str]:
 
     if not current_platform.is_cpu():
         return []
-    remarks = []
-    for wrapper, form, stages in await engine.collective_rpc("loraplex_state"):
-        if wrapper != plugin.wrapper():
+    states = await engine.collective_rpc("loraplex_state")
+    for state in states:
+        if state["wrapper"] != plugin.wrapper() or not state["replaced"]:
             raise RuntimeError(
-                f"a worker applies adapters by {wrapper}, not {plugin.wrapper()}: is the loraplex "
-                f"package installed in {sys.prefix}?"
+                f"a worker applies adapters by {state['wrapper']}, not {plugin.wrapper()}: is the "
+                f"loraplex package installed in {sys.prefix}?"
             )
-        if stages:
-            remarks.append(f"the start took, in seconds: {progress.summary(stages, 'the rest')}")
-        if form == "off":
-            remarks.append("adapters are applied the slow way: --no-cpu-lora-op")
-        if form == "torch":
-            remarks.append(
-                "the CPU LoRA op was not compiled: adapters are exact, but slower "
-                "(python -m server.engine.cpu.build compiles it, or says why it cannot)"
-            )
-    if engine.vllm_config.compilation_config.mode == CompilationMode.NONE:
+    if COMPILED in os.environ and all(state["compiled"] for state in states):
+        _remember(Path(os.environ[COMPILED]))
+    return _remarks(states[0], engine.vllm_config.compilation_config.mode == CompilationMode.NONE)
+
+
+def _remember(compiled: Path) -> None:
+    compiled.parent.mkdir(parents=True, exist_ok=True)
+    compiled.touch()
+
+
+def _remarks(worker: dict[str, Any], uncompiled: bool) -> list[str]:
+    remarks = []
+    if worker["stages"]:
+        took = progress.summary(worker["stages"], "the rest")
+        remarks.append(f"the start took, in seconds: {took}")
+    if worker["form"] == "off":
+        remarks.append("adapters are applied the slow way: --no-cpu-lora-op")
+    elif worker["form"] == "torch":
+        remarks.append(
+            f"the CPU LoRA op is not the compiled one ({worker['why']}): adapters are exact, but "
+            "slower (python -m server.engine.cpu.build compiles it, or says why it cannot)"
+        )
+    if uncompiled and worker["form"] != "off":
         remarks.append(
             "the model runs uncompiled; started once with --compile, it is compiled (about a "
             "minute) and this and later starts are faster at every token"

@@ -1,7 +1,8 @@
 """What runs inside vLLM's processes: the pieces replaced there, and the proof that they were.
 
-Every replacement first looks whether it finds what it was made for; vLLM only logs a plugin that
-fails, so the server asks the workers (`WorkerExtension`) before it serves.
+Every replacement first looks whether it finds what it was made for. vLLM only logs a plugin that it
+cannot import, and another plugin may replace what we did, so the server asks the workers
+(`WorkerExtension`) before it serves.
 """
 
 import inspect
@@ -38,11 +39,11 @@ def register() -> None:
     if not current_platform.is_cpu():
         return
     platform: Any = type(current_platform)
-    _use_wrapper(platform, wrapper())
     if _form() != "off":
         _use_op(compiled=_form() == "compiled")
         _compile_with_adapters(platform)
         _load_what_was_compiled()
+    _use_wrapper(platform, wrapper())
 
 
 def _form() -> str:
@@ -132,14 +133,24 @@ def _expect_parameters(function: Any, *names: str) -> None:
 class WorkerExtension:
     """Methods that vLLM adds to its workers; the server calls them over its own RPC."""
 
-    def loraplex_state(self) -> tuple[str, str, str]:
-        """The class that applies adapters in this worker, the form of its op, its start's stages.
+    def loraplex_state(self) -> dict[str, Any]:
+        """How adapters are applied in this worker, and how its start went.
 
-        vLLM only logs a plugin that fails to load, so the server asks before it serves.
+        wrapper: name of the class that keeps the rows; replaced: our layers and slots are in use
+        where they should be; form, why: of the op (see `op.form`); compiled: vLLM has stored or
+        loaded a compiled model; stages: for `progress.summary`.
         """
-        from server.engine.cpu import op
+        from vllm.compilation.counter import compilation_counter as count
+
+        from server.engine.cpu import op, punica
 
         manager = self.model_runner.lora_manager._adapter_manager  # type: ignore[attr-defined]
         (found, *_) = manager.punica_wrapper_mapping.values()
-        name = f"{type(found).__module__}.{type(found).__qualname__}"
-        return name, op.form(), progress.so_far()
+        return {
+            "wrapper": f"{type(found).__module__}.{type(found).__qualname__}",
+            "replaced": _form() == "off" or punica.in_use(manager),
+            "form": "off" if _form() == "off" else op.form(),
+            "why": op.why(),
+            "compiled": count.num_aot_artifacts_saved + count.num_aot_artifacts_loaded > 0,
+            "stages": progress.so_far(),
+        }

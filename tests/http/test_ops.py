@@ -95,8 +95,9 @@ async def test_workers_that_apply_adapters_by_another_op_are_not_served(parts: A
     def start() -> Any:
         engine = fake_engine.start(args)
 
-        async def stock(*_: Any) -> list[tuple[str, str, str]]:
-            return [("vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU", "off", "")]
+        async def stock(*_: Any) -> list[dict[str, Any]]:
+            wrapper = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
+            return [{"wrapper": wrapper, "replaced": True}]
 
         engine.engine_core.collective_rpc_async = stock
         return engine

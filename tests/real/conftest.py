@@ -26,6 +26,7 @@ class Server:
         self._command += ["--home", str(home), "--port", str(self.port)]
         self._environment = os.environ | environment
         self._log = home / "server.log"
+        self.home = home
         self.process: subprocess.Popen[bytes] | None = None
 
     @property

@@ -12,6 +12,7 @@ import os
 import random
 import sys
 
+from server.engine.cpu import op
 from tests.conftest import SEVEN
 
 MOST = 16
@@ -21,6 +22,7 @@ CHUNK = 48  # tokens a step computes at most: longer prompts are cut
 
 def main(base: str, adapters: list[str]) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    print(f"op: {op.form()}")
     for slots in range(1, MOST + 1):
         print(json.dumps(replies(base, adapters, slots)), flush=True)
 

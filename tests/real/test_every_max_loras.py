@@ -1,9 +1,10 @@
-"""Exact with every number of slots, adapters of mixed rank, chunked prefill and prefix cache."""
+"""Exact with every number of slots, adapters of every shape, chunked prefill and prefix cache."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,19 +12,28 @@ from tests.conftest import MakeAdapter
 from tests.real.every_max_loras import MOST
 from tests.real.reference import Reference, Reply, gap
 
-RANKS = (8, 16, 64)
+# Ranks, and which linears an adapter is for: parts of fused layers, a part of the model's layers,
+# a rank of its own for some.
+KINDS: tuple[dict[str, Any], ...] = (
+    {"rank": 8},
+    {"rank": 64},
+    {"rank": 16, "targets": ("q_proj", "down_proj")},
+    {"rank": 8, "targets": ("v_proj", "up_proj"), "layers_to_transform": list(range(0, 30, 2))},
+    {"rank": 16, "rank_pattern": {"k_proj": 4, "gate_proj": 32}},
+)
 
 
 @pytest.mark.timeout(900)
 def test_every_row_is_what_peft_says(base_folder: Path, make_adapter: MakeAdapter) -> None:
-    ranks = [RANKS[i % len(RANKS)] for i in range(MOST + 1)]
-    folders = [make_adapter(100 + i, rank, std=0.01) for i, rank in enumerate(ranks)]
+    kinds = [KINDS[i % len(KINDS)] for i in range(MOST + 1)]
+    folders = [make_adapter(100 + i, std=0.01, **kind) for i, kind in enumerate(kinds)]
     command = [sys.executable, "-m", "tests.real.every_max_loras", str(base_folder)]
     done = subprocess.run(
         [*command, *map(str, folders)], capture_output=True, text=True, timeout=800
     )
     assert done.returncode == 0, done.stderr[-4000:]
     lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[{")]
+    assert "op: avx" in done.stdout or "op: generic" in done.stdout
     assert [line[0]["slots"] for line in lines] == list(range(1, MOST + 1))
 
     reference = Reference(base_folder, {str(i): folder for i, folder in enumerate(folders)})

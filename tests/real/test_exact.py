@@ -32,7 +32,7 @@ PROMPTS = {
 }
 
 
-SLOW_FORM = "the CPU LoRA op was not compiled"
+SLOW_FORM = "the CPU LoRA op is not the compiled one"
 OFF = "--no-cpu-lora-op"
 
 

@@ -14,7 +14,7 @@ from tests.http.conftest import upload
 from tests.real.conftest import Server
 
 NAMES = ["base", "sql", "code", "poetry"]
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+QUESTION = [{"role": "user", "content": "What is the capital of France? Answer in one word."}]
 POEM = (
     "Write a poem of exactly four lines, 6 to 11 syllables each, rhymed AABB. "
     "Reply with the poem only.\n\nTopic: river (use this word). Mood: calm."

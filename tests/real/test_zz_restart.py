@@ -8,10 +8,12 @@ import time
 
 import httpx
 
-from tests.conftest import MakeAdapter
+from tests.conftest import CACHE, MakeAdapter
 from tests.http.conftest import upload
 from tests.processes import alive, descendants, gone
 from tests.real.conftest import Server
+
+ENGINE_CACHE = CACHE / "engine"
 
 
 def stream(server: Server, model: str) -> None:
@@ -40,7 +42,11 @@ def test_killed_and_started_again(
     for thread in busy:
         thread.join()
 
+    restarted = time.time()
     server.start()
+    compiled = [file.stat().st_mtime for file in ENGINE_CACHE.rglob("torch_aot_compile/*/*/model")]
+    assert compiled and max(compiled) < restarted, "the model was compiled anew"
+    assert server.log.count("compiling the model") <= 1
     after = http.get("/v1/adapters").json()["data"]
     names = [adapter["name"] for adapter in after]
     assert {"sql", "code", "poetry", "survivor"} <= set(names)
@@ -59,4 +65,4 @@ def test_sigterm_ends_the_server_and_all_of_it(server: Server) -> None:
     assert server.process.returncode == 0, server.log
     assert gone(processes, within_s=5), alive(processes)
     busy.join()
-    assert os.path.exists(server._home / "registry.db")
+    assert os.path.exists(server.home / "registry.db")

@@ -264,6 +264,23 @@ def test_rows_that_the_step_does_not_have_are_refused(compiled: op.Op) -> None:
         compiled.add_lora(layer.output(2), layer.input(2), layer.number)
 
 
+def test_an_output_too_narrow_or_of_another_type_is_refused(compiled: op.Op) -> None:
+    layer = Layer(compiled, [[8]], 32, [32], torch.bfloat16)
+    x, y = layer.input(2), layer.output(2)
+    for wrong in (y[:, :31], y.float()):
+        with pytest.raises(RuntimeError, match="32 inputs and 32 outputs in BFloat16"):
+            layer.apply(wrong, x, [0, -1])
+    assert torch.equal(layer.apply(y.float(), x, [-1, -1]), y.float())
+
+
+def test_one_column_wide_in_a_stride_of_its_own(form: op.Op) -> None:
+    layer = Layer(form, [[2]], 1, [1], torch.float32)
+    x, y = layer.input(3), layer.output(3)
+    want = layer.expected(y, x, [0, -1, 0])
+    odd = torch.empty_strided((3, 1), (1, 3)).copy_(x)
+    close(layer.apply(torch.empty_strided((3, 1), (1, 3)).copy_(y), odd, [0, -1, 0]), want, x.dtype)
+
+
 def test_torch_compile_sees_one_call_that_changes_y(compiled: op.Op) -> None:
     layer = Layer(compiled, [[8], [8]], 64, [64], torch.float32)
     weight = torch.randn(64, 64, generator=torch.Generator().manual_seed(9))

@@ -121,14 +121,29 @@ void store(fp16* p, V v) {
 
 #else
 
-constexpr int LANES = 1;
-using V = float;
-V zero() { return 0.0f; }
-V all(float value) { return value; }
+// Four lanes in the compiler's own vectors: SSE2 on x86, NEON on ARM.
+constexpr int LANES = 4;
+typedef float V __attribute__((vector_size(16)));
+typedef uint32_t Bits __attribute__((vector_size(16)));
+typedef uint16_t Halves __attribute__((vector_size(8)));
+V zero() { return V{}; }
+V all(float value) { return V{} + value; }
 V fma(V a, V b, V c) { return a * b + c; }
-float sum(V v) { return v; }
-template <class T> V load(const T* p) { return get(p); }
-template <class T> void store(T* p, V v) { put(p, v); }
+float sum(V v) { return (v[0] + v[1]) + (v[2] + v[3]); }
+V load(const float* p) {
+  V v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+V load(const bf16* p) {
+  Halves raw;
+  std::memcpy(&raw, p, sizeof raw);
+  return V(__builtin_convertvector(raw, Bits) << 16);
+}
+V load(const fp16* p) { return V{get(p), get(p + 1), get(p + 2), get(p + 3)}; }
+template <class T> void store(T* p, V v) {
+  for (int i = 0; i < LANES; i++) put(p + i, v[i]);
+}
 
 #endif
 
@@ -195,7 +210,8 @@ void shrink_tile(const T* const* x, const T* a, int64_t width, float* h, int64_t
   for (int i = 0; i < M; i++)
     for (int k = 0; k < K; k++) {
       float tail = 0.0f;
-      for (int64_t t = d; t < width; t++) tail += get(x[i] + t) * get(a + k * width + t);
+      for (int64_t t = d; t < width; t++)
+        tail = std::fma(get(x[i] + t), get(a + k * width + t), tail);
       h[i * ldh + k] = sum(sums[i][k]) + tail;
     }
 }

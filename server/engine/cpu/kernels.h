@@ -22,7 +22,7 @@ struct Kernels {
                            int64_t ldh, const void* b, int64_t ldb, int64_t rank, int64_t width);
 };
 
-// One per instruction set that was compiled in; null where this machine or compiler has it not.
+// One per instruction set; null where this machine has it not.
 const Kernels* kernels_avx512();
 const Kernels* kernels_avx2();
 const Kernels* kernels_generic();

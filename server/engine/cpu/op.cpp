@@ -1,7 +1,7 @@
 // The torch op loraplex::add_lora, and what it works on: the weights in each slot of each layer, and
-// which rows of the running step belong to which slot. One engine process has one of each.
+// which rows of the running step belong to which slot.
 #include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
+#include <ATen/ATen.h>
 #include <c10/util/irange.h>
 #include <torch/library.h>
 
@@ -16,18 +16,21 @@ namespace {
 // Below this many multiplications a second thread costs more than it saves.
 constexpr int64_t WORTH_A_THREAD = 200'000;
 constexpr int64_t BLOCK = 32;  // rows that go through both products together, their h in L1
+constexpr int64_t PANEL = 64;  // columns of B that lie together
 
 // The adapter of one layer and slot. A has the slices of a fused layer (q, k, v) below each other,
-// so that x is read once for all; B is stored [rank, width], the way the second product reads it.
+// so that x is read once for all. B lies in panels of columns, [rank, PANEL] after [rank, PANEL] and
+// a narrower last one: the order in which it is read, so that memory sees one stream.
 struct Slice {
-  at::Tensor b;
+  at::Tensor panels;
   int64_t first_rank, rank, first_output, width;
 };
 struct Weights {
   at::Tensor a;
   std::vector<Slice> slices;
   int64_t rank = 0;     // of all slices together
-  int64_t outputs = 0;  // Σ rank · width of the slices
+  int64_t outputs = 0;  // numbers in B, all slices together
+  int64_t end = 0;      // columns that y has at least
 };
 struct Layer {
   int64_t batch;
@@ -49,7 +52,7 @@ std::vector<Batch> batches;
 // Best first.
 std::vector<const Kernels*> available() {
   std::vector<const Kernels*> found;
-#ifdef X86
+#ifdef LORAPLEX_X86
   for (auto each : {kernels_avx512(), kernels_avx2()})
     if (each) found.push_back(each);
 #endif
@@ -87,9 +90,12 @@ void set_slot(int64_t layer, int64_t slot, const at::Tensor& a, at::TensorList b
   TORCH_CHECK(b.size() == outputs.size(), "one first output for each slice");
   for (auto i : c10::irange(b.size())) {
     TORCH_CHECK(b[i].scalar_type() == a.scalar_type(), "A and B of different types");
-    w.slices.push_back({b[i].contiguous(), w.rank, b[i].size(0), outputs[i], b[i].size(1)});
+    std::vector<at::Tensor> panels;
+    for (auto& panel : b[i].split(PANEL, 1)) panels.push_back(panel.reshape({-1}));
+    w.slices.push_back({at::cat(panels), w.rank, b[i].size(0), outputs[i], b[i].size(1)});
     w.rank += b[i].size(0);
     w.outputs += b[i].numel();
+    w.end = std::max(w.end, outputs[i] + b[i].size(1));
   }
   TORCH_CHECK(a.dim() == 2 && a.size(0) == w.rank, "A has ", a.size(0), " ranks, B ", w.rank);
   layers.at(layer).slots.at(slot) = std::move(w);
@@ -131,12 +137,17 @@ class Call {
                            a.size(1), last - first, task.h + first, task.weights->rank);
   }
 
+  // `first` is a multiple of PANEL.
   void expand(const Task& task, const Slice& slice, int64_t first, int64_t last) const {
     auto size = y_.itemsize();
-    auto out = static_cast<char*>(y_.mutable_data_ptr()) + (slice.first_output + first) * size;
-    auto b = static_cast<const char*>(slice.b.const_data_ptr()) + first * size;
-    kernels->expand[type_](out, y_.stride(0), task.rows, task.count, task.h + slice.first_rank,
-                           task.weights->rank, b, slice.width, slice.rank, last - first);
+    auto y = static_cast<char*>(y_.mutable_data_ptr()) + slice.first_output * size;
+    auto b = static_cast<const char*>(slice.panels.const_data_ptr());
+    for (int64_t o = first; o < last; o += PANEL) {
+      int64_t width = std::min(PANEL, slice.width - o);
+      kernels->expand[type_](y + o * size, y_.stride(0), task.rows, task.count,
+                             task.h + slice.first_rank, task.weights->rank,
+                             b + o * slice.rank * size, width, slice.rank, width);
+    }
   }
 
   void both(const Task& task) const {
@@ -170,7 +181,7 @@ void split_each(const Call& call, const std::vector<Task>& tasks) {
   std::vector<Piece> ranks, outputs;
   for (auto& task : tasks) {
     cut(ranks, task, nullptr, task.weights->rank, 8);
-    for (auto& slice : task.weights->slices) cut(outputs, task, &slice, slice.width, 192);
+    for (auto& slice : task.weights->slices) cut(outputs, task, &slice, slice.width, 3 * PANEL);
   }
   run(ranks, [&](const Piece& p) { call.shrink(*p.task, p.first, p.last); });
   run(outputs, [&](const Piece& p) { call.expand(*p.task, *p.slice, p.first, p.last); });
@@ -181,11 +192,11 @@ void add_lora(at::Tensor& y, const at::Tensor& x, int64_t layer_index) {
   const Batch& batch = batches.at(layer.batch);
   if (batch.groups.empty()) return;
   TORCH_CHECK(x.dim() == 2 && y.dim() == 2 && x.size(0) == y.size(0) &&
-                  batch.last_row < x.size(0) && x.scalar_type() == y.scalar_type(),
+                  batch.last_row < x.size(0),
               "x ", x.sizes(), " and y ", y.sizes(), " do not fit each other, or the step's ",
               batch.last_row + 1, " rows");
-  if (x.stride(1) != 1) return add_lora(y, x.contiguous(), layer_index);
-  if (y.stride(1) != 1) {
+  if (x.size(1) != 1 && x.stride(1) != 1) return add_lora(y, x.contiguous(), layer_index);
+  if (y.size(1) != 1 && y.stride(1) != 1) {
     at::Tensor copy = y.contiguous();
     add_lora(copy, x, layer_index);
     y.copy_(copy);
@@ -197,9 +208,12 @@ void add_lora(at::Tensor& y, const at::Tensor& x, int64_t layer_index) {
   for (auto& group : batch.groups) {
     const Weights& w = layer.slots.at(group.slot);
     if (w.rank == 0) continue;
-    TORCH_CHECK(w.a.size(1) == x.size(1) && w.a.scalar_type() == x.scalar_type(),
-                "an adapter for ", w.a.size(1), " inputs in ", w.a.scalar_type(), " on x ",
-                x.sizes(), " in ", x.scalar_type());
+    auto type = w.a.scalar_type();
+    TORCH_CHECK(w.a.size(1) == x.size(1) && w.end <= y.size(1) && x.scalar_type() == type &&
+                    y.scalar_type() == type,
+                "an adapter for ", w.a.size(1), " inputs and ", w.end, " outputs in ", type,
+                " on x ", x.sizes(), " in ", x.scalar_type(), " and y ", y.sizes(), " in ",
+                y.scalar_type());
     for (int64_t done = 0; done < group.count; done += BLOCK) {
       int64_t count = std::min(BLOCK, group.count - done);
       tasks.push_back({&w, batch.rows.data() + group.first + done, count, nullptr});
@@ -207,6 +221,7 @@ void add_lora(at::Tensor& y, const at::Tensor& x, int64_t layer_index) {
       work += std::max<int64_t>(count, 4) * (w.a.numel() + w.outputs);
     }
   }
+  if (tasks.empty()) return;
   static thread_local std::vector<float> buffer;
   if (int64_t(buffer.size()) < scratch) buffer.resize(scratch);
   float* h = buffer.data();

@@ -120,8 +120,14 @@ def _no_output(y: torch.Tensor, x: torch.Tensor, layer: int) -> None:
     """What torch.compile needs to know of the op: it returns nothing and changes y."""
 
 
-_library: torch.library.Library | None = None
-_op: Op | None = None
+@dataclass
+class _Installed:
+    op: Op
+    library: torch.library.Library
+    why: str = ""
+
+
+_installed: _Installed | None = None
 
 
 def install(compiled: bool = True) -> Op:
@@ -129,25 +135,39 @@ def install(compiled: bool = True) -> Op:
 
     `compiled=False` takes the form in torch even where the other has been built.
     """
-    global _library, _op
-    if _op is None:
-        _library = torch.library.Library("loraplex", "FRAGMENT")
-        _library.define(SCHEMA)
-        torch.library.register_fake("loraplex::add_lora", _no_output, lib=_library)
-        if compiled and build.library().exists():
-            torch.ops.load_library(build.library())
-            _op = torch.ops.loraplex
-        else:
-            _op = Reference()
-            _library.impl("add_lora", _op.add_lora, "CPU")
-    return _op
+    global _installed
+    if _installed is None:
+        library = torch.library.Library("loraplex", "FRAGMENT")
+        library.define(SCHEMA)
+        torch.library.register_fake("loraplex::add_lora", _no_output, lib=library)
+        _installed = _load(library) if compiled else _in_torch(library, "asked for")
+    return _installed.op
+
+
+def _load(library: torch.library.Library) -> _Installed:
+    if not build.library().exists():
+        return _in_torch(library, "it was not compiled")
+    try:
+        torch.ops.load_library(build.library())
+    except OSError as error:
+        return _in_torch(library, str(error))
+    return _Installed(torch.ops.loraplex, library)
+
+
+def _in_torch(library: torch.library.Library, why: str) -> _Installed:
+    op = Reference()
+    library.impl("add_lora", op.add_lora, "CPU")
+    return _Installed(op, library, why)
 
 
 def form() -> str:
-    """What `install` took: `torch` or the compiled form's instruction set; `off` without it."""
-    if _op is None:
-        return "off"
-    return "torch" if isinstance(_op, Reference) else instruction_sets()[0]
+    """What `install` took: `torch`, or the compiled form's instruction set, e.g. `avx512`."""
+    return "torch" if isinstance(install(), Reference) else instruction_sets()[0]
+
+
+def why() -> str:
+    """Why it is the form in torch, if it is."""
+    return _installed.why if _installed else ""
 
 
 def instruction_sets() -> list[str]:

@@ -82,6 +82,8 @@ class OpPunicaWrapper(GroupedPunicaWrapper):
         """Hands the rows to the op."""
         op.install().set_rows(self.batch, rows, slots, counts)
 
+    add_lora_linear = GroupedPunicaWrapper._unused  # layers call the op
+
 
 class OpModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
     """vLLM's slots, kept in step with the op's."""
@@ -97,14 +99,28 @@ class OpModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
 
     def activate_adapter(self, lora_id: int) -> bool:
         """Puts an adapter into a slot, at its true rank, in the order the op reads it."""
-        activated: bool = super().activate_adapter(lora_id)
-        if activated:
-            slot = self.lora_index_to_id.index(lora_id)
-            adapter = self._registered_adapters[lora_id]
-            for name, module in self.modules.items():
-                if isinstance(module, BaseLinearLayerWithLoRA):
-                    _set_slot(module, slot, self._get_lora_layer_weights(adapter, name))
+        try:
+            activated: bool = super().activate_adapter(lora_id)
+            if activated:
+                self._fill_op(lora_id)
+        except BaseException:
+            # A slot filled in part would pass for a whole one the next time it is asked for.
+            self.remove_adapter(lora_id)
+            raise
         return activated
+
+    def _fill_op(self, lora_id: int) -> None:
+        slot = self.lora_index_to_id.index(lora_id)
+        adapter = self._registered_adapters[lora_id]
+        for name, module in self.modules.items():
+            if isinstance(module, BaseLinearLayerWithLoRA):
+                _set_slot(module, slot, self._get_lora_layer_weights(adapter, name))
+
+
+def in_use(manager: Any) -> bool:
+    """Whether vLLM's layers and slots are ours in this process, `manager` being its slots."""
+    applies = BaseLinearLayerWithLoRA._apply_lora_to_output
+    return isinstance(manager, OpModelManager) and applies is apply_adapters
 
 
 def _set_slot(module: Any, slot: int, weights: Any) -> None:
