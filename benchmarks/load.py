@@ -93,7 +93,8 @@ async def run(
     streams: dict[int, list[Request]] = {}
     for request in requests:
         streams.setdefault(request.stream, []).append(request)
-    connector = aiohttp.TCPConnector(limit=0)
+    # A connection for each request: some servers close theirs after a reply without saying so.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
     timeout = aiohttp.ClientTimeout(total=limit_s)
     async with aiohttp.ClientSession(url, connector=connector, timeout=timeout) as session:
         began = time.perf_counter()

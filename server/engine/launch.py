@@ -204,11 +204,12 @@ def start(args: Namespace, compile: bool | None = None, say: Callable[[str], Non
         compiled = _compiled(config)
         if compiled.exists() or compile:
             os.environ[COMPILED] = str(compiled)
-        else:
-            engine_args.enforce_eager = True
-            config = configure()
         if compile and not compiled.exists():
             say("compiling the model: about a minute, once; later starts load the result")
+        elif not compiled.exists():
+            say("the model runs uncompiled: --compile compiles it once, for this and later starts")
+            engine_args.enforce_eager = True
+            config = configure()
     progress.passed("imports", "starting the engine's process")
     return AsyncLLM.from_vllm_config(
         config,
@@ -242,7 +243,6 @@ async def verify(engine: Any) -> list[str]:
     Raises:
         RuntimeError: a worker uses another op; base rows in its batches would come back wrong.
     """
-    from vllm.config import CompilationMode
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -256,7 +256,7 @@ async def verify(engine: Any) -> list[str]:
             )
     if COMPILED in os.environ and all(state["compiled"] for state in states):
         _remember(Path(os.environ[COMPILED]))
-    return _remarks(states[0], engine.vllm_config.compilation_config.mode == CompilationMode.NONE)
+    return _remarks(states[0])
 
 
 def _remember(compiled: Path) -> None:
@@ -264,7 +264,7 @@ def _remember(compiled: Path) -> None:
     compiled.touch()
 
 
-def _remarks(worker: dict[str, Any], uncompiled: bool) -> list[str]:
+def _remarks(worker: dict[str, Any]) -> list[str]:
     remarks = []
     if worker["stages"]:
         took = progress.summary(worker["stages"], "the rest")
@@ -275,10 +275,5 @@ def _remarks(worker: dict[str, Any], uncompiled: bool) -> list[str]:
         remarks.append(
             f"the CPU LoRA op is not the compiled one ({worker['why']}): adapters are exact, but "
             "slower (python -m server.engine.cpu.build compiles it, or says why it cannot)"
-        )
-    if uncompiled and worker["form"] != "off":
-        remarks.append(
-            "the model runs uncompiled; started once with --compile, it is compiled (about a "
-            "minute) and this and later starts are faster at every token"
         )
     return remarks
