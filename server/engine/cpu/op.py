@@ -150,7 +150,7 @@ def _load(library: torch.library.Library) -> _Installed:
     try:
         torch.ops.load_library(build.library())
     except OSError as error:
-        return _in_torch(library, str(error))
+        return _in_torch(library, str(error.__cause__ or error))  # torch names only the file
     return _Installed(torch.ops.loraplex, library)
 
 
