@@ -6,7 +6,9 @@ would otherwise be as good as one that is.
 
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from benchmarks.workload import AdapterSet, adapter_names
 
@@ -20,14 +22,32 @@ def make(base: Path, of_set: str, wanted: AdapterSet, cache: Path) -> dict[str, 
         name: cache / f"{base.name}-rank{wanted.rank}-{seed}"
         for seed, name in enumerate(adapter_names(of_set, wanted.count))
     }
-    missing = {seed: f for seed, f in enumerate(folders.values()) if not f.is_dir()}
-    if missing:
+    for seed, folder in enumerate(folders.values()):
+        if folder.is_dir():
+            continue
         cache.mkdir(parents=True, exist_ok=True)
-        _make(base, wanted.rank, missing, cache)
+        # Renamed into place when complete: what an interrupted run left is never used.
+        with tempfile.TemporaryDirectory(dir=cache) as scratch:
+            write(Path(scratch) / "adapter", base, seed, wanted.rank, "bfloat16")
+            os.rename(Path(scratch) / "adapter", folder)
     return folders
 
 
-def _make(base: Path, rank: int, missing: dict[int, Path], cache: Path) -> None:
+def write(
+    folder: Path,
+    base: Path,
+    seed: int,
+    rank: int,
+    dtype: str,
+    spread_b: float = SPREAD_B,
+    targets: Sequence[str] = LINEARS,
+    **more: Any,
+) -> None:
+    """One adapter in `folder`, as PEFT's save_pretrained writes it; α is twice the rank.
+
+    dtype is torch's name of the weights' type, spread_b B's standard deviation; A keeps the scale
+    of its input. `targets` are the linears it is for; more keywords go to LoraConfig.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM
@@ -35,19 +55,15 @@ def _make(base: Path, rank: int, missing: dict[int, Path], cache: Path) -> None:
     with torch.device("meta"):
         bare = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
     config = LoraConfig(
-        r=rank, lora_alpha=2 * rank, target_modules=list(LINEARS), task_type="CAUSAL_LM"
+        r=rank, lora_alpha=2 * rank, target_modules=list(targets), task_type="CAUSAL_LM", **more
     )
     model = get_peft_model(bare, config, low_cpu_mem_usage=True)
-    for seed, folder in missing.items():
-        random = torch.Generator().manual_seed(seed)
-        weights = {}
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                spread = SPREAD_B if "lora_B" in name else parameter.shape[-1] ** -0.5
-                values = spread * torch.randn(parameter.shape, generator=random)
-                weights[name] = values.to(torch.bfloat16)
-        model.load_state_dict(weights, strict=False, assign=True)
-        # Renamed into place when complete: what an interrupted run left is never used.
-        with tempfile.TemporaryDirectory(dir=cache) as scratch:
-            model.save_pretrained(Path(scratch) / "adapter")
-            os.rename(Path(scratch) / "adapter", folder)
+    random = torch.Generator().manual_seed(seed)
+    weights = {}
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            spread = spread_b if "lora_B" in name else parameter.shape[-1] ** -0.5
+            values = spread * torch.randn(parameter.shape, generator=random)
+            weights[name] = values.to(getattr(torch, dtype))
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.save_pretrained(folder)

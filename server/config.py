@@ -60,9 +60,7 @@ class Settings(BaseSettings):
     ] = None
     max_lora_rank: Annotated[
         int,
-        Field(
-            description="Highest rank an adapter may have: 1, 8, 16, 32, 64, 128, 256, 320, 512."
-        ),
+        Field(description=f"Highest rank an adapter may have: {', '.join(map(str, RANKS))}."),
     ] = 64
     max_model_len: Annotated[
         int | None,

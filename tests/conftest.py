@@ -1,7 +1,7 @@
 """What every test can use: the base model's folder, and PEFT adapters made for it."""
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,11 @@ from server.engine import launch  # noqa: E402
 CACHE = Path(__file__).parent.parent / ".cache" / "loraplex"
 launch.prepare_environment(CACHE)  # before any test module imports vLLM
 
+from benchmarks.adapters import LINEARS, write  # noqa: E402
 from server.config import DEFAULT_MODEL, Settings  # noqa: E402
 from server.engine import base_model  # noqa: E402
 
-SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SEVEN = LINEARS
 
 MakeAdapter = Callable[..., Path]
 
@@ -53,36 +54,13 @@ def with_base(home: Path, base_folder: Path) -> Path:
 def make_adapter(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> MakeAdapter:
     """`make_adapter(seed, rank=8)`: a PEFT folder for the base, as save_pretrained writes one.
 
-    `targets` are the linears it is for; more keywords go to LoraConfig.
-
+    More keywords go to `benchmarks.adapters.write`.
     Its B is random and large enough to change what the base says; equal arguments, equal weights.
     """
-    import torch
-    from peft import LoraConfig, get_peft_model
-    from transformers import AutoConfig, AutoModelForCausalLM
 
-    def make(
-        seed: int, rank: int = 8, std: float = 0.03, targets: Sequence[str] = SEVEN, **more: Any
-    ) -> Path:
+    def make(seed: int, rank: int = 8, std: float = 0.03, **more: Any) -> Path:
         folder = tmp_path_factory.mktemp(f"adapter-{seed}-{rank}")
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base_folder))
-        config = LoraConfig(
-            r=rank,
-            lora_alpha=2 * rank,
-            target_modules=list(targets),
-            task_type="CAUSAL_LM",
-            **more,
-        )
-        peft_model = get_peft_model(model, config, low_cpu_mem_usage=True)
-        random = torch.Generator().manual_seed(seed)
-        weights = {}
-        for name, parameter in peft_model.named_parameters():
-            if "lora_" in name:
-                spread = std if "lora_B" in name else parameter.shape[-1] ** -0.5
-                weights[name] = spread * torch.randn(parameter.shape, generator=random)
-        peft_model.load_state_dict(weights, strict=False, assign=True)
-        peft_model.save_pretrained(folder)
+        write(folder, base_folder, seed, rank, "float32", std, **more)
         return folder
 
     return make
