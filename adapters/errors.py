@@ -141,6 +141,48 @@ class TooLarge(AdapterError):
     code = "too_large"
 
 
+class VersionQuarantined(AdapterError):
+    """The version's bytes on disk are not what was sealed, so it is not served."""
+
+    code = "version_quarantined"
+
+
+class InvalidSource(AdapterError):
+    """Text that names no source of adapters."""
+
+    code = "invalid_source"
+
+
+class SourceForbidden(AdapterError):
+    """A source, or a place it leads to, that this server may not import from."""
+
+    code = "source_forbidden"
+
+
+class SourceNotFound(AdapterError):
+    """There is nothing where the source says."""
+
+    code = "source_not_found"
+
+
+class SourceFailed(AdapterError):
+    """The source could not be read to its end; asking again may help."""
+
+    code = "source_failed"
+
+
+class ImportTimeout(AdapterError):
+    """The source took longer than an import may."""
+
+    code = "import_timeout"
+
+
+class ImportStopped(AdapterError):
+    """The import was given up because the server is ending."""
+
+    code = "import_stopped"
+
+
 class BaseModelError(AdapterError):
     """The base model's folder cannot be understood."""
 

@@ -15,6 +15,7 @@ from adapters.errors import InvalidAdapter, NoSpace, Problem, StoreError
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
 FILES = (CONFIG, WEIGHTS)
+PICKLE = "adapter_model.bin"  # weights as PEFT saved them before safetensors
 
 _PICKLES = frozenset({".bin", ".pt", ".pth", ".pkl", ".ckpt"})
 _CONVERT = (
@@ -40,6 +41,19 @@ def absent(names: Collection[str]) -> list[Problem]:
     if WEIGHTS not in names:
         problems.append(_no_weights(names))
     return problems
+
+
+def wanted(names: Collection[str], allow_pickle: bool = False) -> tuple[str, str]:
+    """The two files to take of a folder with these file names: the config and the weights.
+
+    With `allow_pickle` the weights may be a pickle where there is nothing better. Raises
+    InvalidAdapter if one is missing.
+    """
+    weights = PICKLE if allow_pickle and PICKLE in names and WEIGHTS not in names else WEIGHTS
+    known = {WEIGHTS if name == weights else name for name in names}
+    if problems := absent(known):
+        raise InvalidAdapter(problems)
+    return CONFIG, weights
 
 
 def _no_weights(names: Collection[str]) -> Problem:

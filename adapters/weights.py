@@ -13,6 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
+from numpy.typing import NDArray
+
 from adapters import jsontext
 from adapters.errors import InvalidAdapter, Problem
 from adapters.folder import WEIGHTS, open_regular
@@ -94,6 +97,19 @@ def blocks(file: BinaryIO, tensor: Tensor) -> Iterator[bytes]:
             raise _refusal("weights_truncated", f"{WEIGHTS} ends inside a tensor.", tensor.name)
         left -= len(block)
         yield block
+
+
+def numbers(file: BinaryIO, tensor: Tensor) -> NDArray[np.float32]:
+    """All of `tensor`, of type F32, F16 or BF16, as float32 in its own shape; each is exact.
+
+    Raises InvalidAdapter if the file has become shorter than its header says.
+    """
+    data = b"".join(blocks(file, tensor))
+    if tensor.dtype == "BF16":  # the upper half of a float32
+        flat = (np.frombuffer(data, "<u2").astype("<u4") << 16).view("<f4")
+    else:
+        flat = np.frombuffer(data, {"F32": "<f4", "F16": "<f2"}[tensor.dtype]).astype("<f4")
+    return flat.reshape(tensor.shape)
 
 
 def _refusal(code: str, message: str, where: str = WEIGHTS) -> InvalidAdapter:

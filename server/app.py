@@ -14,6 +14,7 @@ from adapters.demo import WEIGHTS
 from adapters.ingest import Ingest
 from adapters.registry import Registry
 from adapters.sources import directory
+from adapters.sources.intake import Transfer
 from adapters.store import Store
 from server.config import DEFAULT_MODEL, Settings
 from server.engine import launch
@@ -49,7 +50,7 @@ def _offer_demos(serving: Serving) -> None:
         if serving.registry.knows(folder.name):
             continue
         with serving.store.staging() as staged:
-            directory.copy(folder, staged, serving.settings.max_upload_mb * 10**6)
+            directory.copy(folder, staged, Transfer(serving.settings.max_upload_mb * 10**6))
             serving.ingest.ingest(staged, folder.name, "demo")
 
 

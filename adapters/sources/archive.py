@@ -20,8 +20,8 @@ from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
 from adapters.errors import InvalidAdapter, Problem, TooLarge
-from adapters.folder import FILES, absent, disk
-from adapters.sources.intake import Intake, too_large
+from adapters.folder import FILES, PICKLE, WEIGHTS, disk, wanted
+from adapters.sources.intake import Intake, Transfer, too_large
 
 MAX_ENTRIES = 1000
 
@@ -49,13 +49,19 @@ _BROKEN = (
 _REPACK = "Pack the folder that PEFT's save_pretrained wrote, and nothing else."
 
 
-def unpack(archive: Path, into: Path, max_bytes: int, max_entries: int = MAX_ENTRIES) -> None:
+def unpack(
+    archive: Path,
+    into: Path,
+    max_bytes: int,
+    max_entries: int = MAX_ENTRIES,
+    allow_pickle: bool = False,
+) -> None:
     """Unpacks the adapter in `archive` into the folder `into`; its other files are skipped.
 
     The kind is judged by content, not by name. Raises InvalidAdapter, StoreError, and TooLarge
     if it unpacks to more than `max_bytes` or has more than `max_entries` entries.
     """
-    contents = _Contents(Intake(into, max_bytes), max_entries)
+    contents = _Contents(into, max_bytes, max_entries, allow_pickle)
     # In a tar, headers and skipped files count too: they cost time to unpack.
     tar_bytes = max_bytes + max_entries * _MAX_TAR_HEADER
     with disk("read the archive"), archive.open("rb") as file:
@@ -86,9 +92,12 @@ def _broken(error: BaseException) -> InvalidAdapter:
 class _Contents:
     """What an archive has in it, entry by entry, and which of it is the adapter."""
 
-    def __init__(self, intake: Intake, max_entries: int) -> None:
-        self._intake = intake
+    def __init__(self, into: Path, max_bytes: int, max_entries: int, allow_pickle: bool) -> None:
+        self._into = into
+        self._intake = Intake(into, Transfer(max_bytes))
         self._max_entries = max_entries
+        self._allow_pickle = allow_pickle
+        self._wanted = {*FILES, PICKLE} if allow_pickle else {*FILES}
         self._entries = 0
         self._files: set[PurePosixPath] = set()
         self._home: PurePosixPath | None = None
@@ -110,7 +119,7 @@ class _Contents:
         if path in self._files:
             raise _refusal("archive_duplicate", str(path), "Two entries have the same path.")
         self._files.add(path)
-        if path.name not in FILES:
+        if path.name not in self._wanted:
             return
         if self._home not in (None, path.parent):
             message = f"There is an adapter in {self._home} and another in {path.parent}."
@@ -122,8 +131,8 @@ class _Contents:
         """Refuses an archive in which no adapter was."""
         # An adapter's pickle may lie anywhere when there is nothing to say where it belongs.
         here = {p.name for p in self._files if self._home in (None, p.parent)}
-        if problems := absent(here):
-            raise InvalidAdapter(problems)
+        if WEIGHTS in wanted(here, self._allow_pickle):
+            (self._into / PICKLE).unlink(missing_ok=True)
 
 
 def _special(name: str) -> InvalidAdapter:

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 from adapters.errors import InvalidAdapter, Problem
-from adapters.folder import FILES, absent, disk, open_regular
-from adapters.sources.intake import Intake
+from adapters.folder import disk, open_regular, wanted
+from adapters.sources.intake import Intake, Transfer
 from adapters.weights import BLOCK
 
 
-def copy(folder: Path, into: Path, max_bytes: int) -> None:
+def copy(folder: Path, into: Path, transfer: Transfer, allow_pickle: bool = False) -> None:
     """Copies the adapter's two files from `folder` into `into`, following no links.
 
     Whether `folder` may be read at all is the caller's to decide. Raises InvalidAdapter,
-    TooLarge beyond `max_bytes`, StoreError.
+    StoreError, and what `transfer` raises.
     """
     if folder.is_symlink() or not folder.is_dir():
         message = f"{folder} is not a folder."
@@ -25,10 +25,8 @@ def copy(folder: Path, into: Path, max_bytes: int) -> None:
         raise InvalidAdapter([Problem("not_a_folder", str(folder), message, fix)])
     with disk(f"read {folder}"):
         names = os.listdir(folder)
-    if problems := absent(names):
-        raise InvalidAdapter(problems)
-    intake = Intake(into, max_bytes)
-    for name in FILES:
+    intake = Intake(into, transfer)
+    for name in wanted(names, allow_pickle):
         with open_regular(folder, name) as file:
             intake.write(name, _blocks(file))
 

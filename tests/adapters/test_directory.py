@@ -6,6 +6,7 @@ import pytest
 
 from adapters.errors import InvalidAdapter, StoreError, TooLarge
 from adapters.sources.directory import copy
+from adapters.sources.intake import Transfer
 
 
 @pytest.fixture
@@ -17,14 +18,14 @@ def into(tmp_path):
 
 def code(folder, into) -> list[str]:
     with pytest.raises(InvalidAdapter) as refused:
-        copy(folder, into, 10**6)
+        copy(folder, into, Transfer(10**6))
     return [p.code for p in refused.value.problems]
 
 
 def test_only_the_two_files_are_copied(make, tmp_path, into):
     folder = make().write(tmp_path / "made")
     (folder / "README.md").write_text("x")
-    copy(folder, into, 10**6)
+    copy(folder, into, Transfer(10**6))
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (into / name).read_bytes() == (folder / name).read_bytes()
         assert (into / name).stat().st_ino != (folder / name).stat().st_ino
@@ -51,6 +52,6 @@ def test_what_is_missing(make, tmp_path, into):
 def test_limits_and_existing_files(make, tmp_path, into):
     folder = make().write(tmp_path / "made")
     with pytest.raises(TooLarge):
-        copy(folder, into, 300)
+        copy(folder, into, Transfer(300))
     with pytest.raises(StoreError):
-        copy(folder, into, 10**6)
+        copy(folder, into, Transfer(10**6))
