@@ -6,11 +6,15 @@ is d_out × d_in numbers, of which the adapter keeps r·(d_in + d_out): A is r �
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from adapters.base import BaseSpec
 from adapters.peft import AdapterSpec
+from adapters.spectrum import Spectrum
+
+_MOST = 0.99  # of the energy
 
 
 def reduction(parameters: int, delta_parameters: int) -> float:
@@ -20,13 +24,19 @@ def reduction(parameters: int, delta_parameters: int) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Layer:
-    """One adapted module. `scaling` is α/r, or α/√r with rsLoRA."""
+    """One adapted module.
+
+    `scaling` is α/r, or α/√r with rsLoRA. `norm` is ‖ΔW‖ (Frobenius), `rank_99` the rank that
+    keeps 99 % of its energy, ‖ΔW‖²; both are 0 if ΔW is.
+    """
 
     module: str
     d_out: int
     d_in: int
     rank: int
     scaling: float
+    norm: float
+    rank_99: int
 
     @property
     def parameters(self) -> int:
@@ -49,16 +59,26 @@ class Layer:
             "parameters": self.parameters,
             "delta_parameters": self.delta_parameters,
             "reduction": reduction(self.parameters, self.delta_parameters),
+            "norm": self.norm,
+            "rank_99": self.rank_99,
         }
 
 
 @dataclass(frozen=True, slots=True)
 class Algebra:
-    """An adapter's layers in the base's order, and its weights' bytes beside the base's."""
+    """An adapter's layers in the base's order, and its weights' bytes beside the base's.
+
+    `norm` is the root of the layers' squared norms: 0.0 for an adapter that changes nothing.
+    `energy[k - 1]` is the share of norm² that is left if every layer keeps the k largest of its
+    directions, and `rank_99` the smallest k for which that is 99 %.
+    """
 
     layers: tuple[Layer, ...]
     bytes: int
     base_bytes: int
+    norm: float
+    rank_99: int
+    energy: tuple[float, ...]
 
     @property
     def parameters(self) -> int:
@@ -71,7 +91,10 @@ class Algebra:
         return sum(layer.delta_parameters for layer in self.layers)
 
     def as_dict(self) -> dict[str, Any]:
-        """For JSON; the keys are stable. `bytes_share` is bytes / base_bytes."""
+        """For JSON; the keys are stable. `bytes_share` is bytes / base_bytes.
+
+        `energy` has one share for each k from 1 to the largest rank, rounded to 6 digits.
+        """
         return {
             "parameters": self.parameters,
             "delta_parameters": self.delta_parameters,
@@ -79,15 +102,31 @@ class Algebra:
             "bytes": self.bytes,
             "base_bytes": self.base_bytes,
             "bytes_share": self.bytes / self.base_bytes if self.base_bytes else 0.0,
+            "norm": self.norm,
+            "rank_99": self.rank_99,
+            "energy": [round(share, 6) for share in self.energy],
             "layers": [layer.as_dict() for layer in self.layers],
         }
 
 
-def algebra(spec: AdapterSpec, base: BaseSpec) -> Algebra:
-    """The numbers of an adapter that `validate.check` found nothing wrong with."""
+def algebra(spec: AdapterSpec, base: BaseSpec, spectra: Mapping[str, Spectrum]) -> Algebra:
+    """The numbers of an adapter that `validate.check` found nothing wrong with.
+
+    `spectra` has one for each of its modules, as `spectrum.spectra` reads them.
+    """
     layers = tuple(
-        Layer(module, d_out, d_in, spec.expected_rank(module), spec.scaling(module))
-        for module, (d_out, d_in) in base.linears.items()
+        Layer(
+            module,
+            d_out,
+            d_in,
+            spec.expected_rank(module),
+            spec.scaling(module),
+            spectra[module].norm,
+            spectra[module].rank_for(_MOST),
+        )
+        for module, (d_out, d_in) in base.shapes.items()
         if module in spec.modules
     )
-    return Algebra(layers, spec.bytes, base.bytes)
+    whole = Spectrum.joined(spectra[layer.module] for layer in layers)
+    energy = tuple(whole.energies.tolist())
+    return Algebra(layers, spec.bytes, base.bytes, whole.norm, whole.rank_for(_MOST), energy)

@@ -1,29 +1,57 @@
-"""The one way into the store: read, check, scan, digest, seal, register."""
+"""The one way into the store: read, check, write for the engine, prove, seal, register."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+import os
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
-from adapters import peft, store, validate
+from adapters import canonical, peft, pickles, store, validate
+from adapters.advice import advise
 from adapters.algebra import Algebra, algebra
+from adapters.audit import Audit, audit
 from adapters.base import BaseSpec
-from adapters.errors import AdapterError, InvalidAdapter, ReservedName
+from adapters.effect import Effect, no_effect
+from adapters.errors import (
+    AdapterError,
+    InvalidAdapter,
+    Problem,
+    ReservedName,
+    VersionQuarantined,
+)
+from adapters.folder import PICKLE, WEIGHTS, disk, wanted
 from adapters.names import check_alias, check_name
 from adapters.peft import AdapterSpec
 from adapters.registry import Facts, Registry, Version
+from adapters.spectrum import spectra
 from adapters.validate import Report
+
+Prove = Callable[[str, Path], Effect]
 
 _LOCKS = 64
 
 
 @dataclass(frozen=True, slots=True)
+class Rules:
+    """What an operator decides about which adapters are taken.
+
+    `dtype` is the engine's, in safetensors' words. `reserved` are names no adapter may take.
+    """
+
+    max_rank: int
+    dtype: str = "BF16"
+    reserved: frozenset[str] = frozenset()
+    allow_pickle: bool = False
+    allow_noop: bool = False
+
+
+@dataclass(frozen=True, slots=True)
 class Inspection:
-    """What can be said of an adapter without storing it.
+    """What can be said of an adapter without storing it and without an engine.
 
     `spec` is None if the files could not be read, `algebra` if anything is wrong.
     """
@@ -31,12 +59,14 @@ class Inspection:
     report: Report
     spec: AdapterSpec | None = None
     algebra: Algebra | None = None
+    advice: tuple[Problem, ...] = ()
 
 
 class Ingest:
     """Brings adapters for one base into a store and a registry. Safe for threads.
 
-    `reserved` are names no adapter may take.
+    `prove(digest, folder)` asks an engine what the adapter in `folder` does; without it versions
+    are registered unproven.
     """
 
     def __init__(
@@ -44,31 +74,43 @@ class Ingest:
         store: store.Store,
         registry: Registry,
         base: BaseSpec,
-        max_rank: int,
-        reserved: Collection[str] = (),
+        rules: Rules,
+        prove: Prove | None = None,
     ) -> None:
         self._store = store
         self._registry = registry
         self._base = base
-        self._max_rank = max_rank
-        self._reserved = frozenset(reserved)
+        self._rules = rules
+        self._prove = prove
+        self._key = canonical.key(base, rules.dtype)
         # Sealing with registering, and collecting, exclude each other per digest: in between,
         # bytes are there that no record speaks for.
         self._locks = [Lock() for _ in range(_LOCKS)]
 
     def check(self, folder: Path) -> Inspection:
-        """Reads and checks the adapter in `folder`, tensor data included; stores nothing.
+        """Reads and checks the adapter in a staging folder; stores nothing.
 
-        Raises StoreError if the disk fails.
+        The form the engine loads is written into the folder as well, since some numbers may not
+        fit it. Raises StoreError if the disk fails.
         """
         try:
+            if self._rules.allow_pickle and wanted(os.listdir(folder), True)[1] == PICKLE:
+                pickles.convert(folder)
             spec = peft.read(folder)
-            report = validate.check(spec, self._base, self._max_rank)
-            nonfinite = validate.scan(folder, spec)
+            report = validate.check(spec, self._base, self._rules.max_rank)
+            problems = [*report.problems, *validate.scan(folder, spec)]
+            problems = problems or self._write_form(folder, spec, folder / self._key)
+            if problems:
+                return Inspection(Report(tuple(problems), report.warnings), spec)
+            numbers = algebra(spec, self._base, spectra(folder, spec))
         except InvalidAdapter as error:
             return Inspection(Report(tuple(error.problems)))
-        report = Report((*report.problems, *nonfinite), report.warnings)
-        return Inspection(report, spec, None if report.problems else algebra(spec, self._base))
+        if not numbers.norm:
+            found = no_effect(WEIGHTS, "ΔW is zero everywhere: the adapter changes nothing.")
+            if not self._rules.allow_noop:
+                return Inspection(Report((found,), report.warnings), spec)
+            report = Report((), (*report.warnings, found))
+        return Inspection(report, spec, numbers, advise(spec, numbers))
 
     def ingest(
         self,
@@ -82,7 +124,8 @@ class Ingest:
 
         `alias` is then made to point to it; `metadata`, if given, replaces the adapter's. When
         this returns, bytes and record are synced to disk. When it raises (InvalidName,
-        ReservedName, InvalidAdapter, StoreError, RegistryError), nothing of it is stored.
+        ReservedName, InvalidAdapter, StoreError, RegistryError, or what `prove` raises), nothing
+        of it is stored.
         """
         self.check_name(name)
         if alias is not None:
@@ -91,25 +134,63 @@ class Ingest:
         if seen.spec is None or seen.algebra is None:
             raise InvalidAdapter(seen.report.problems)
         digest = store.digest(folder)
-        facts = _facts(seen.spec, seen.algebra, seen.report, source)
+        checks = seen.report.as_dict() | {
+            "advice": [each.as_dict() for each in seen.advice],
+            "effect": None,
+        }
+        self._add_effect(checks, digest, folder)
+        facts = _facts(seen.spec, seen.algebra, checks, source)
         with self._lock(digest):
             # Bytes that were there may be serving requests of a version since deleted.
             ours = not self._store.has(digest)
-            self._store.seal(folder, digest)
+            self._seal(folder, digest)
             try:
                 return self._registry.add_version(name, digest, facts, alias, metadata)
             except Exception:
                 if ours:
-                    # If even this fails, the sweep at the next start collects.
+                    # If even this fails, the next start collects.
                     with suppress(AdapterError):
                         self._collect(digest)
                 raise
 
     def check_name(self, name: str) -> None:
         """Raises InvalidName or ReservedName unless an adapter may be called `name`."""
-        if name in self._reserved:
+        if name in self._rules.reserved:
             raise ReservedName(f"{name} is not for adapters. Choose another name.", param="name")
         check_name(name)
+
+    def form(self, digest: str) -> Path:
+        """The folder that the engine loads the adapter with this digest from."""
+        return self._store.form(digest, self._key)
+
+    def vouch(self, digest: str) -> None:
+        """Makes sure that `form(digest)` is there, as sealed; to be called before each load.
+
+        A form that is missing or was written to is made again from the adapter's own files. Raises
+        VersionQuarantined if those are damaged, which they are from then on for everybody,
+        InvalidAdapter if this base or these rules are not those it was taken in under, StoreError.
+        """
+        if self._store.has_form(digest, self._key):
+            return
+        with self._lock(digest):
+            if (damage := self._store.damage(digest)) is not None:
+                self._registry.quarantine(digest, damage)
+                raise VersionQuarantined(
+                    f"The adapter {digest} is not served any more: {damage} Upload the same files "
+                    "again to mend it, or name another version."
+                )
+            place = self._store.path(digest)
+            with self._store.staging() as folder:
+                spec = peft.read(place)
+                problems = list(validate.check(spec, self._base, self._rules.max_rank).problems)
+                problems = problems or self._write_form(place, spec, folder / self._key)
+                if problems:
+                    raise InvalidAdapter(problems)
+                self._store.seal_form(folder / self._key, digest, self._key)
+
+    def audit(self) -> Audit:
+        """`audit.audit` of what was written to since it was sealed, while others may ingest."""
+        return audit(self._store, self._registry, locked=self._lock)
 
     def collect(self, digest: str) -> bool:
         """Removes the bytes of `digest` unless a version needs them; True if none does.
@@ -119,8 +200,36 @@ class Ingest:
         with self._lock(digest):
             return self._collect(digest)
 
+    def _add_effect(self, checks: dict[str, Any], digest: str, folder: Path) -> None:
+        """Has the adapter proven, unless these bytes were before. Raises InvalidAdapter."""
+        known = self._registry.proven(digest) or {}
+        if known.get("effect"):
+            checks["effect"] = known["effect"]
+        elif self._prove is not None:
+            effect = self._prove(digest, folder / self._key)
+            problems = effect.problems()
+            if not problems and effect.difference == 0:
+                problems = [no_effect("logprobs", _UNCHANGED)]
+                if self._rules.allow_noop:
+                    checks["warnings"].append(problems.pop().as_dict())
+            if problems:
+                raise InvalidAdapter(problems)
+            checks["effect"] = effect.as_dict()
+            checks["warnings"] += [each.as_dict() for each in effect.warnings()]
+
+    def _write_form(self, folder: Path, spec: AdapterSpec, into: Path) -> list[Problem]:
+        with disk("make a folder"):
+            into.mkdir()
+        return canonical.write(folder, spec, self._base, self._rules.dtype, into)
+
+    def _seal(self, folder: Path, digest: str) -> None:
+        self._store.seal(folder, digest)
+        if not self._store.has_form(digest, self._key):
+            # The adapter was there, sealed for another base or type of the engine.
+            self._store.seal_form(folder / self._key, digest, self._key)
+
     def _collect(self, digest: str) -> bool:
-        if self._registry.references(digest):
+        if self._registry.references_to(digest):
             return False
         self._store.delete(digest)
         return True
@@ -129,7 +238,12 @@ class Ingest:
         return self._locks[hash(digest) % _LOCKS]
 
 
-def _facts(spec: AdapterSpec, numbers: Algebra, report: Report, source: str) -> Facts:
+_UNCHANGED = (
+    "The engine says exactly the same with the adapter as without it, after two prompts of its own."
+)
+
+
+def _facts(spec: AdapterSpec, numbers: Algebra, checks: Mapping[str, Any], source: str) -> Facts:
     return Facts(
         rank=spec.rank,
         alpha=spec.alpha,
@@ -140,6 +254,6 @@ def _facts(spec: AdapterSpec, numbers: Algebra, report: Report, source: str) -> 
         parameters=spec.parameters,
         base_model=spec.base_model,
         source=source,
-        checks=report.as_dict(),
+        checks=checks,
         algebra=numbers.as_dict(),
     )

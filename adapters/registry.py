@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from types import EllipsisType
 from typing import Any, TypeAlias, TypeVar
@@ -19,10 +19,12 @@ from adapters.errors import (
     AliasNotFound,
     RegistryError,
     VersionNotFound,
+    VersionQuarantined,
 )
 from adapters.names import LATEST, Reference, check_alias, check_name
 
 READY = "ready"
+QUARANTINED = "quarantined"
 DELETED = "deleted"
 
 _LOCK_WAIT_S = 30
@@ -86,6 +88,7 @@ _versions = sa.Table(
     sa.Column("source", sa.Text, nullable=False),
     sa.Column("checks", sa.JSON, nullable=False),
     sa.Column("algebra", sa.JSON, nullable=False),
+    sa.Column("reason", sa.Text),
     sa.UniqueConstraint("adapter_id", "number"),
     sqlite_autoincrement=True,
 )
@@ -129,7 +132,8 @@ class Version:
 
     `id` is unique among all versions of all adapters for ever, `number` among the adapter's.
     `bytes` is the weights file's size, `parameters` what A and B have in numbers, `source` where
-    the files came from. `checks` and `algebra` are None where many versions are read at once.
+    the files came from. `reason` says why a version is quarantined. `checks` and `algebra` are
+    None where many versions are read at once.
     """
 
     id: int
@@ -147,6 +151,7 @@ class Version:
     parameters: int
     base_model: str | None
     source: str
+    reason: str | None = None
     checks: Mapping[str, Any] | None = None
     algebra: Mapping[str, Any] | None = None
 
@@ -192,6 +197,7 @@ class Registry:
         with _database():
             self._engine = _engine(url)
             _tables.create_all(self._engine)
+            _add_columns(self._engine)
 
     def close(self) -> None:
         """Closes the connections."""
@@ -207,8 +213,9 @@ class Registry:
     ) -> tuple[Version, bool]:
         """Makes `digest` a ready version of `name`; False if it was one already.
 
-        `alias` is then made to point to it, wherever it pointed before; `metadata`, if given,
-        replaces the adapter's. All of it happens or nothing. Raises InvalidName, ReservedName.
+        A quarantined version of it is ready again. `alias` is then made to point to it, wherever
+        it pointed before; `metadata`, if given, replaces the adapter's. All of it happens or
+        nothing. Raises InvalidName, ReservedName.
         """
         check_name(name)
         if alias is not None:
@@ -220,6 +227,8 @@ class Registry:
             number = found.number if found else _next_number(db, adapter_id)
             if found is None:
                 _insert_version(db, adapter_id, number, digest, facts)
+            else:
+                _heal(db, digest)
             if alias is not None:
                 _point(db, adapter_id, alias, number)
             version = _first(db, adapter_id, _versions.c.number == number)
@@ -229,10 +238,17 @@ class Registry:
         return self._write(write)
 
     def get(self, name: str) -> Adapter:
-        """The adapter with its versions' checks and algebra. Raises AdapterNotFound."""
+        """The adapter; the version that `latest` means has checks and algebra.
+
+        Raises AdapterNotFound.
+        """
         with self._read() as db:
-            adapter = _adapter(db, name)
-            return _assemble(db, [adapter], [*_versions.c])[0]
+            adapter = _assemble(db, [_adapter(db, name)], [*_BRIEF])[0]
+            if LATEST not in adapter.aliases:
+                return adapter
+            newest = _version(name, db.execute(_resolution(Reference(name), _versions.c)).one())
+            shown = (newest if v.id == newest.id else v for v in adapter.versions)
+            return replace(adapter, versions=tuple(shown))
 
     def knows(self, name: str) -> bool:
         """Whether an adapter has this name, or had it once and was deleted."""
@@ -252,10 +268,34 @@ class Registry:
             data = _assemble(db, rows[:limit], [*_BRIEF])
         return Page(tuple(data), data[-1].name if data and len(rows) > limit else None)
 
+    def names(self) -> Iterable[tuple[str, datetime]]:
+        """Name and time of creation of every adapter with a ready version, in name order."""
+        ready = sa.exists().where(
+            _versions.c.adapter_id == _adapters.c.id, _versions.c.state == READY
+        )
+        columns = sa.select(_adapters.c.name, _adapters.c.created)
+        query = columns.where(~_adapters.c.deleted, ready).order_by(_adapters.c.name)
+        with self._read() as db:
+            return [(row.name, row.created) for row in db.execute(query)]
+
+    def from_source(self, prefix: str) -> Iterable[Version]:
+        """The versions whose source begins with `prefix`, but for deleted ones."""
+        query = (
+            sa.select(_adapters.c.name.label("adapter"), *_BRIEF)
+            .join_from(_versions, _adapters)
+            .where(
+                _versions.c.state != DELETED,
+                _versions.c.source.startswith(prefix, autoescape=True),
+            )
+        )
+        with self._read() as db:
+            return [_version(row.adapter, row) for row in db.execute(query)]
+
     def resolve(self, reference: str | Reference) -> Version:
         """The ready version that `reference` means.
 
-        Raises InvalidReference, AdapterNotFound, VersionNotFound, AliasNotFound.
+        Raises InvalidReference, AdapterNotFound, VersionNotFound, VersionQuarantined,
+        AliasNotFound.
         """
         return self._resolve(reference, _BRIEF)
 
@@ -324,7 +364,9 @@ class Registry:
 
         self._write(write)
 
-    def delete_alias(self, name: str, alias: str, expected: int | EllipsisType = ...) -> None:
+    def delete_alias(
+        self, name: str, alias: str, expected: int | EllipsisType | None = ...
+    ) -> None:
         """Removes `alias`; with `expected`, only if it points there now, or AliasConflict.
 
         Raises ReservedName, AdapterNotFound, AliasNotFound.
@@ -341,16 +383,39 @@ class Registry:
 
         self._write(write)
 
-    def digests(self) -> set[str]:
-        """The digests that versions need: all but those of deleted ones."""
-        needed = sa.select(_versions.c.digest).where(_versions.c.state != DELETED).distinct()
-        with self._read() as db:
-            return set(db.scalars(needed))
+    def quarantine(self, digest: str, reason: str) -> None:
+        """From now on the versions with `digest` are not served, for `reason`: a sentence."""
+        ready = (_versions.c.digest == digest) & (_versions.c.state == READY)
+        broken = _versions.update().where(ready).values(state=QUARANTINED, reason=reason)
+        self._write(lambda db: db.execute(broken))
 
-    def references(self, digest: str) -> bool:
-        """Whether a version needs `digest`."""
+    def heal(self, digest: str) -> None:
+        """Serves the versions with `digest` again, if they were quarantined."""
+        self._write(lambda db: _heal(db, digest))
+
+    def references_to(self, digest: str) -> Iterable[str]:
+        """`name@number` of every version with `digest`, but for deleted ones."""
+        query = (
+            sa.select(_adapters.c.name, _versions.c.number)
+            .join_from(_versions, _adapters)
+            .where(_versions.c.digest == digest, _versions.c.state != DELETED)
+        )
         with self._read() as db:
-            return not _unreferenced(db, [digest])
+            return [f"{row.name}@{row.number}" for row in db.execute(query)]
+
+    def proven(self, digest: str) -> Mapping[str, Any] | None:
+        """The checks of a ready version with `digest`, whatever adapter it is of; None if none."""
+        query = sa.select(_versions.c.checks).where(
+            _versions.c.digest == digest, _versions.c.state == READY
+        )
+        with self._read() as db:
+            return db.scalar(query.limit(1))
+
+    def digests(self, state: str | None = None) -> set[str]:
+        """The digests that versions need: all but those of deleted ones, or those in `state`."""
+        wanted = _versions.c.state != DELETED if state is None else _versions.c.state == state
+        with self._read() as db:
+            return set(db.scalars(sa.select(_versions.c.digest).where(wanted).distinct()))
 
     def _resolve(self, reference: str | Reference, columns: tuple[sa.Column[Any], ...]) -> Version:
         asked = Reference.parse(reference) if isinstance(reference, str) else reference
@@ -400,6 +465,17 @@ def _begin_sqlite(db: sa.Connection) -> None:
     # A write that begins as a read fails, instead of waiting, when another got in between.
     writes = db.get_execution_options().get("writes")
     db.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
+
+
+def _add_columns(engine: sa.Engine) -> None:
+    """Brings the tables of an earlier version up to this one, which only adds columns."""
+    for table in _tables.tables.values():
+        there = {column["name"] for column in sa.inspect(engine).get_columns(table.name)}
+        for column in table.columns:
+            if column.name not in there:
+                added = sa.schema.CreateColumn(column).compile(dialect=engine.dialect)
+                with engine.begin() as db:
+                    db.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {added}")
 
 
 @contextmanager
@@ -461,8 +537,13 @@ def _insert_version(
 def _first(
     db: sa.Connection, adapter_id: int, condition: sa.ColumnElement[bool]
 ) -> sa.Row[Any] | None:
-    mine = (_versions.c.adapter_id == adapter_id) & (_versions.c.state == READY)
+    mine = (_versions.c.adapter_id == adapter_id) & (_versions.c.state != DELETED)
     return db.execute(sa.select(_versions).where(mine, condition)).first()
+
+
+def _heal(db: sa.Connection, digest: str) -> None:
+    broken = (_versions.c.digest == digest) & (_versions.c.state == QUARANTINED)
+    db.execute(_versions.update().where(broken).values(state=READY, reason=None))
 
 
 def _numbered(db: sa.Connection, adapter_id: int, name: str, number: int) -> sa.Row[Any]:
@@ -513,7 +594,7 @@ def _unreferenced(db: sa.Connection, digests: Iterable[str]) -> Digests:
     return sorted(asked - set(db.scalars(needed)))
 
 
-def _resolution(asked: Reference, columns: tuple[sa.Column[Any], ...]) -> sa.Select[Any]:
+def _resolution(asked: Reference, columns: Iterable[sa.Column[Any]]) -> sa.Select[Any]:
     joined = _versions.join(_adapters, _versions.c.adapter_id == _adapters.c.id)
     if asked.alias not in (None, LATEST):
         same = _aliases.c.number == _versions.c.number
@@ -536,15 +617,28 @@ def _resolution(asked: Reference, columns: tuple[sa.Column[Any], ...]) -> sa.Sel
 
 def _why_not(db: sa.Connection, asked: Reference) -> Exception:
     adapter_id = _adapter(db, asked.name).id
-    if asked.version is not None or asked.digest is not None:
-        return _no_version(asked.name, str(asked.version or asked.digest))
-    if asked.alias in (None, LATEST):
+    named: sa.ColumnElement[bool] = sa.true()
+    if asked.version is not None:
+        named = _versions.c.number == asked.version
+    elif asked.digest is not None:
+        named = _versions.c.digest == asked.digest
+    elif asked.alias not in (None, LATEST):
+        number = _pointed(db, adapter_id, asked.alias)
+        if number is None:
+            return _no_alias(asked.name, asked.alias)
+        named = _versions.c.number == number
+    if (row := _first(db, adapter_id, named)) is not None:
+        return _quarantined(asked, row)
+    if asked.version is None and asked.digest is None:
         return VersionNotFound(f"{asked.name} has no version that is ready. Upload one.")
-    if (number := _pointed(db, adapter_id, asked.alias)) is not None:
-        return VersionNotFound(
-            f"{asked} points to version {number}, which is not ready. Move the alias."
-        )
-    return _no_alias(asked.name, asked.alias)
+    return _no_version(asked.name, str(asked.version or asked.digest))
+
+
+def _quarantined(asked: Reference, row: sa.Row[Any]) -> VersionQuarantined:
+    return VersionQuarantined(
+        f"{asked} is version {row.number}, which is not served: {row.reason} Upload the same files "
+        "again to mend it, or name another version."
+    )
 
 
 def _no_version(name: str, which: str) -> VersionNotFound:
@@ -578,8 +672,8 @@ def _assemble(
 
 
 def _version(adapter: str, row: sa.Row[Any]) -> Version:
-    fields = dict(row._mapping)
+    fields = dict(row._mapping) | {"adapter": adapter}
     del fields["adapter_id"]
     if isinstance(fields["target_modules"], list):
         fields["target_modules"] = tuple(fields["target_modules"])
-    return Version(adapter=adapter, **fields)
+    return Version(**fields)

@@ -1,8 +1,9 @@
 """Sealed adapters on disk, each under the digest of its content.
 
-    incoming/<random>/        being written
-    sealed/<ab>/<abcd…>/      complete, synced to disk, read-only
-    trash/<random>/           on its way out
+    incoming/<random>/              being written
+    sealed/<ab>/<abcd…>/            complete, synced to disk, read-only
+    sealed/<ab>/<abcd…>/engine-…/   the same weights in the form an engine loads (`canonical`)
+    trash/<random>/                 on its way out
 
 Folders move between the three by rename, which a crash does or does not do, never half.
 """
@@ -12,7 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
+import stat
 import uuid
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -20,10 +23,17 @@ from pathlib import Path
 from typing import Any
 
 from adapters import peft
-from adapters.folder import CONFIG, FILES, WEIGHTS, disk, open_regular
+from adapters.errors import InvalidAdapter
+from adapters.folder import FILES, WEIGHTS, disk, open_regular
 from adapters.weights import blocks
 
 _PREFIX = "sha256:"
+_HEX = re.compile("[0-9a-f]{64}")
+_FORMS = "engine-*"
+_DIGEST = "digest"  # the file in a form's folder that has the digest of its content
+# Every sealed file has this time of modification (2000-01-01 UTC). Whoever writes to one changes
+# it, so a look at the folder tells whether its bytes have to be read again.
+_SEALED_NS = 946_684_800 * 10**9
 # Lists whose order means nothing to PEFT, which keeps some of them as sets.
 _SETS = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform")
 # Here the first pattern that matches wins, so order is content.
@@ -88,14 +98,16 @@ class Store:
     def seal(self, folder: Path, digest: str) -> Path:
         """Moves the adapter in a staging folder to its place for good and returns the place.
 
-        Files that are no part of the adapter are dropped. When it returns, a power loss cannot
-        take the adapter away. An adapter that is there already stays as it is.
+        Its forms move with it; files that are no part of the adapter are dropped. When it returns,
+        a power loss cannot take the adapter away. An adapter that is there already stays as it is,
+        unless its bytes are not what they were: then this one takes its place.
         """
-        if folder.parent != self._incoming:
-            raise ValueError(f"{folder} is not a staging folder of this store")
+        self._must_be_staged(folder)
         place = self.path(digest)
         with disk("seal an adapter"):
             place.parent.mkdir(exist_ok=True)
+            if place.is_dir() and self.damage(digest) is not None:
+                self._discard(place)
             if not place.is_dir():
                 _prepare(folder)
                 _move(folder, place)
@@ -104,16 +116,70 @@ class Store:
             _sync(self._sealed)
         return place
 
+    def seal_form(self, folder: Path, digest: str, key: str) -> Path:
+        """Moves a staging folder with another form of a sealed adapter beside it, as form `key`.
+
+        It takes the place of one that is there. Returns the place.
+        """
+        self._must_be_staged(folder)
+        place = self.form(digest, key)
+        with disk("seal an adapter's form"):
+            _prepare_form(folder)
+            if place.is_dir():
+                self._discard(place)
+            _move(folder, place)
+            _sync(place.parent)
+        return place
+
     def path(self, digest: str) -> Path:
         """Where the adapter with this digest is, if it is here."""
         hexdigits = digest.removeprefix(_PREFIX)
-        if len(hexdigits) != 64 or not set(hexdigits) <= set("0123456789abcdef"):
+        if not _HEX.fullmatch(hexdigits):
             raise ValueError(f"{digest!r} is not a digest")
         return self._sealed / hexdigits[:2] / hexdigits
+
+    def form(self, digest: str, key: str) -> Path:
+        """Where the form `key` of the adapter with this digest is, if it is here."""
+        return self.path(digest) / key
 
     def has(self, digest: str) -> bool:
         """Whether the adapter with this digest is here."""
         return self.path(digest).is_dir()
+
+    def has_form(self, digest: str, key: str) -> bool:
+        """Whether its form `key` is here and nobody has written to it."""
+        return _untouched(self.form(digest, key), (*FILES, _DIGEST))
+
+    def damage(self, digest: str, full: bool = False) -> str | None:
+        """What is wrong with the bytes of a sealed adapter, as a sentence; None if nothing is.
+
+        They are read only if somebody has written to them since they were sealed, or if `full`.
+        """
+        place = self.path(digest)
+        if not full and _untouched(place, FILES):
+            return None
+        with disk("check an adapter"):
+            if not place.is_dir():
+                return "Its folder is gone."
+            if missing := [name for name in FILES if not (place / name).is_file()]:
+                return f"{' and '.join(missing)} is gone."
+            if not _is(place, digest):
+                return "Its files are not what was sealed."
+            _settle(place, FILES)
+        return None
+
+    def damaged_forms(self, digest: str) -> list[str]:
+        """Removes the forms whose bytes, read in full, are not what was sealed; their keys.
+
+        A form is made of the adapter, so it can be made again.
+        """
+        damaged = []
+        with disk("check an adapter's forms"):
+            for form in self.path(digest).glob(_FORMS):
+                if not _is(form, _recorded(form)):
+                    self._discard(form)
+                    damaged.append(form.name)
+        return sorted(damaged)
 
     def delete(self, digest: str) -> None:
         """Removes the adapter with this digest, if it is here."""
@@ -121,21 +187,26 @@ class Store:
             if self.has(digest):
                 self._discard(self.path(digest))
 
-    def sweep(self, keep: Collection[str]) -> list[str]:
-        """Removes everything but the sealed adapters in `keep`; returns the digests removed.
-
-        Only for the start, before anything is staged: what an earlier crash left goes too.
-        """
-        removed = []
-        with disk("clean up"):
+    def sealed(self) -> Iterator[str]:
+        """The digests of all adapters that are here."""
+        with disk("list the adapters"):
             for place in self._sealed.glob("*/*"):
-                if _PREFIX + place.name not in keep:
-                    self._discard(place)
-                    removed.append(_PREFIX + place.name)
+                if _HEX.fullmatch(place.name):
+                    yield _PREFIX + place.name
+
+    def sweep(self) -> None:
+        """Removes what a crash left half written or half removed.
+
+        Only for the start, before anything is staged.
+        """
+        with disk("clean up"):
             for folder in (self._incoming, self._trash):
                 for leftover in folder.iterdir():
                     _remove(leftover)
-        return removed
+
+    def _must_be_staged(self, folder: Path) -> None:
+        if self._incoming not in folder.parents:
+            raise ValueError(f"{folder} is not in a staging folder of this store")
 
     def _discard(self, place: Path) -> None:
         """By way of the trash: half a folder must never have a sealed name."""
@@ -153,15 +224,52 @@ def _remove(path: Path) -> None:
 
 
 def _prepare(folder: Path) -> None:
+    forms = set(folder.glob(_FORMS))
+    for form in forms:
+        _prepare_form(form)
     for entry in folder.iterdir():
-        if entry.name not in FILES:
+        if entry.name not in FILES and entry not in forms:
             _remove(entry)
-    for name in (CONFIG, WEIGHTS):
+    _settle(folder, FILES)
+
+
+def _prepare_form(folder: Path) -> None:
+    (folder / _DIGEST).write_text(digest(folder))
+    _settle(folder, (*FILES, _DIGEST))
+
+
+def _settle(folder: Path, names: Collection[str]) -> None:
+    """Makes the files read-only, marks them as sealed and syncs them and the folder to disk."""
+    for name in names:
         with open_regular(folder, name) as file:
             os.fchmod(file.fileno(), 0o444)
+            os.utime(file.fileno(), ns=(_SEALED_NS, _SEALED_NS))
             os.fsync(file.fileno())
     folder.chmod(0o755)
     _sync(folder)
+
+
+def _untouched(folder: Path, names: Collection[str]) -> bool:
+    try:
+        found = [os.lstat(folder / name) for name in names]
+    except OSError:
+        return False
+    return all(stat.S_ISREG(f.st_mode) and f.st_mtime_ns == _SEALED_NS for f in found)
+
+
+def _is(folder: Path, expected: str | None) -> bool:
+    """Whether the content of `folder` has this digest."""
+    try:
+        return digest(folder) == expected
+    except InvalidAdapter:
+        return False
+
+
+def _recorded(form: Path) -> str | None:
+    try:
+        return (form / _DIGEST).read_text()
+    except (OSError, ValueError):
+        return None
 
 
 def _move(folder: Path, place: Path) -> None:

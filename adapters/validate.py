@@ -39,7 +39,8 @@ def check(spec: AdapterSpec, base: BaseSpec, max_rank: int) -> Report:
         message = f"The adapter's peft_type is {spec.peft_type or 'missing'}, not LORA."
         fix = "Train a LoRA adapter; no other PEFT method can be served."
         return Report((Problem("peft_type", "peft_type", message, fix),))
-    targeted, faults = _targeted(spec, base)
+    modules = _trained(spec, base)
+    targeted, faults = _targeted(spec, modules)
     problems = [
         *spec.faults,
         *faults,
@@ -48,7 +49,7 @@ def check(spec: AdapterSpec, base: BaseSpec, max_rank: int) -> Report:
         *_factors(spec),
         *_ranks(spec, max_rank),
         *_modules(spec, base),
-        *_targets(spec, base, targeted),
+        *_targets(spec, base, modules, targeted),
     ]
     return Report(_once(problems), tuple(_warnings(spec, base, targeted)))
 
@@ -267,7 +268,7 @@ def _modules(spec: AdapterSpec, base: BaseSpec) -> Iterator[Problem]:
         _EMBEDDING_FIX,
     )
     linear = [m for m in spec.modules if not _is_embedding(m)]
-    strangers = [m for m in linear if m not in base.linears]
+    strangers = [m for m in linear if m not in base.shapes]
     amount = "None of the adapter's modules is" if strangers == linear else "Modules that are not"
     yield from Problem.grouped(
         "module_not_in_base",
@@ -277,14 +278,20 @@ def _modules(spec: AdapterSpec, base: BaseSpec) -> Iterator[Problem]:
     )
     yield from Problem.grouped(
         "shape_mismatch",
-        (line for m in linear if m in base.linears for line in _misfits(spec, base, m)),
+        (line for m in linear if m in base.shapes for line in _misfits(spec, base, m)),
         f"Factors that do not fit {base.name}",
         f"Upload an adapter trained on {base.name}; this one was trained on another size.",
+    )
+    yield from Problem.grouped(
+        "fused_and_apart",
+        (m for m in linear if not spec.modules.keys().isdisjoint(base.fused.get(m, ()))),
+        "Fused layers beside factors of one of their own parts",
+        "Save the adapter with either the fused layers or their parts.",
     )
 
 
 def _misfits(spec: AdapterSpec, base: BaseSpec, module: str) -> Iterator[str]:
-    d_out, d_in = base.linears[module]
+    d_out, d_in = base.shapes[module]
     a, b = spec.modules[module].a, spec.modules[module].b
     if a is not None and len(a.shape) == 2 and a.shape[1] != d_in:
         yield f"{module}.lora_A is {list(a.shape)}, the base takes {d_in}"
@@ -292,25 +299,38 @@ def _misfits(spec: AdapterSpec, base: BaseSpec, module: str) -> Iterator[str]:
         yield f"{module}.lora_B is {list(b.shape)}, the base gives {d_out}"
 
 
-def _targeted(spec: AdapterSpec, base: BaseSpec) -> tuple[set[str], list[Problem]]:
-    """The base's modules that the config targets."""
+def _trained(spec: AdapterSpec, base: BaseSpec) -> set[str]:
+    """The base's modules as the model had them that the adapter was trained on.
+
+    A kind of layer is fused there if the adapter has a fused layer of that kind.
+    """
+    kinds = {m.rpartition(".")[2] for m in spec.modules if m in base.fused}
+    fused = {m: parts for m, parts in base.fused.items() if m.rpartition(".")[2] in kinds}
+    apart = {part for parts in fused.values() for part in parts} - spec.modules.keys()
+    return (base.linears.keys() - apart) | fused.keys()
+
+
+def _targeted(spec: AdapterSpec, modules: Iterable[str]) -> tuple[set[str], list[Problem]]:
+    """Those of `modules` that the config targets."""
     try:
-        return spec.targets.among(base.linears), []
+        return spec.targets.among(modules), []
     except BadPattern as error:
         fix = "List plain module names."
         return set(), [Problem("config_pattern", "target_modules", str(error), fix)]
 
 
-def _targets(spec: AdapterSpec, base: BaseSpec, targeted: set[str]) -> Iterator[Problem]:
+def _targets(
+    spec: AdapterSpec, base: BaseSpec, modules: set[str], targeted: set[str]
+) -> Iterator[Problem]:
     """Where config and file disagree on what is adapted, PEFT and the engine do too."""
-    known = [m for m in spec.modules if m in base.linears and not _is_embedding(m)]
+    known = [m for m in spec.modules if m in base.shapes and not _is_embedding(m)]
     yield from Problem.grouped(
         "tensor_outside_targets",
         (m for m in known if m not in targeted),
         "Modules that have factors but are not targeted by the config",
         "Correct target_modules in the config, or save the adapter again.",
     )
-    unmatched, empty = _idle_targets(spec, base, targeted)
+    unmatched, empty = _idle_targets(spec, base.linears.keys() | modules, targeted)
     yield from Problem.grouped(
         "target_not_in_base",
         unmatched,
@@ -326,14 +346,14 @@ def _targets(spec: AdapterSpec, base: BaseSpec, targeted: set[str]) -> Iterator[
 
 
 def _idle_targets(
-    spec: AdapterSpec, base: BaseSpec, targeted: set[str]
+    spec: AdapterSpec, modules: set[str], targeted: set[str]
 ) -> tuple[list[str], list[str]]:
     """Targets that match no module, and those that match some of which the file has none."""
     names = spec.targets.modules
     present = targeted & set(spec.modules)
     if isinstance(names, str):
         return ([], [] if present else [names]) if targeted else ([names], [])
-    anywhere, wanted, filled = map(_all_suffixes, (base.linears, targeted, present))
+    anywhere, wanted, filled = map(_all_suffixes, (modules, targeted, present))
     unmatched = [n for n in names if n not in anywhere and not _is_embedding(n)]
     return unmatched, [n for n in names if n in wanted and n not in filled]
 

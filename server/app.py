@@ -1,9 +1,8 @@
 """The composition root: builds the parts of a server and puts the HTTP app together."""
 
 import asyncio
-from argparse import Namespace
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -11,63 +10,75 @@ from fastapi import FastAPI
 
 from adapters.base import BaseSpec
 from adapters.demo import WEIGHTS
-from adapters.ingest import Ingest
+from adapters.errors import AdapterError
+from adapters.ingest import Ingest, Rules
 from adapters.registry import Registry
-from adapters.sources import directory
-from adapters.sources.intake import Transfer
+from adapters.sources.address import Allowed
 from adapters.store import Store
 from server.config import DEFAULT_MODEL, Settings
 from server.engine import launch
 from server.engine.handlers import Handlers
-from server.gateway import Gateway
+from server.gateway import Gateway, Proving
+from server.imports import Imports
 from server.routes import Serving, adapters, failure, models, openai, ops
+from server.watch import Watch
 
 Start = Callable[[], Any]
+Say = Callable[[str], None]
 ENGINE_GRACE_S = 1.0  # until an engine that does not end by itself is killed
 
 
 def build(settings: Settings, folder: Path) -> Serving:
-    """Everything but the engine, for a base model in `folder`; brings the demo adapters in.
+    """Everything but the engine, for a base model in `folder`.
 
     Raises:
         AdapterError: the base cannot be understood, or the state folder not be used.
+        ConfigError: a setting that vLLM does not take.
     """
     base = BaseSpec.read(folder, settings.base_name)
+    linears = sorted({path.rpartition(".")[2] for path in base.linears} - {"lm_head"})
+    args = launch.parse(settings, folder, linears)
     store = Store(settings.home / "store")
+    store.sweep()
     registry = Registry(f"sqlite:///{settings.home / 'registry.db'}")
-    store.sweep(registry.digests())
-    reserved = {"base", settings.base_name}
-    ingest = Ingest(store, registry, base, settings.max_lora_rank, reserved)
-    serving = Serving(settings, base, store, registry, ingest)
-    if settings.demo_adapters and settings.model == DEFAULT_MODEL:
-        _offer_demos(serving)
-    return serving
-
-
-def _offer_demos(serving: Serving) -> None:
-    """The demo adapters, each once: one that somebody deleted or replaced stays as it is."""
-    for folder in sorted(WEIGHTS.iterdir()):
-        if serving.registry.knows(folder.name):
-            continue
-        with serving.store.staging() as staged:
-            directory.copy(folder, staged, Transfer(serving.settings.max_upload_mb * 10**6))
-            serving.ingest.ingest(staged, folder.name, "demo")
+    rules = Rules(
+        settings.max_lora_rank,
+        launch.dtype(args, folder),
+        frozenset({"base", settings.base_name}),
+        settings.allow_pickle,
+        settings.allow_noop,
+    )
+    proving = Proving()
+    ingest = Ingest(store, registry, base, rules, proving)
+    imports = Imports(
+        store,
+        ingest,
+        Allowed(settings.import_from),
+        max_bytes=settings.max_upload_mb * 10**6,
+        timeout_s=settings.import_timeout,
+        allow_pickle=settings.allow_pickle,
+    )
+    return Serving(settings, args, base, store, registry, ingest, imports, proving)
 
 
 def create_app(
-    serving: Serving, args: Namespace, start: Start, done: Callable[[Exception | None], None]
+    serving: Serving, start: Start, done: Callable[[Exception | None], None], say: Say = print
 ) -> FastAPI:
     """The HTTP app. It answers at once; inference and /ready do when `start` has returned.
 
-    `start` gives a running engine and is called in a thread; `args` are vLLM's parsed arguments,
-    for its handlers. `done` is called when the engine can answer, or with what kept it from it.
+    `start` gives a running engine and is called in a thread. `done` is called when the engine can
+    answer, or with what kept it from it; `say` gets what an operator should know afterwards.
     """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        starting = asyncio.create_task(_start(serving, args, start, done))
+        running = asyncio.create_task(_run(serving, start, done, say))
         yield
-        starting.cancel()
+        running.cancel()
+        with suppress(asyncio.CancelledError):
+            await running
+        serving.proving.give_up()
+        await serving.imports.stop()
         if serving.gateway is not None:
             await asyncio.to_thread(serving.gateway.shutdown, timeout=ENGINE_GRACE_S)
         serving.registry.close()
@@ -84,23 +95,61 @@ def create_app(
     return app
 
 
-async def _start(
-    serving: Serving, args: Namespace, start: Start, done: Callable[[Exception | None], None]
+async def _run(
+    serving: Serving, start: Start, done: Callable[[Exception | None], None], say: Say
 ) -> None:
     try:
-        engine = await asyncio.to_thread(start)
-        serving.remarks = await launch.verify(engine)
-        gateway = Gateway(
-            engine,
-            serving.registry,
-            serving.store.path,
-            serving.ingest.collect,
-            (serving.settings.base_name, "base"),
-            serving.settings.host_capacity,
-        )
-        serving.handlers = await Handlers.build(gateway, args)
-        serving.gateway = gateway
+        await _start_engine(serving, start)
+        await _offer_demos(serving)
     except Exception as error:
+        serving.proving.give_up()
         done(error)
-    else:
-        done(None)
+        return
+    done(None)
+    await asyncio.gather(_audit(serving, say), _watch(serving, say))
+
+
+async def _start_engine(serving: Serving, start: Start) -> None:
+    engine = await asyncio.to_thread(start)
+    serving.remarks = await launch.verify(engine)
+    gateway = Gateway(
+        engine,
+        serving.registry,
+        serving.ingest,
+        (serving.settings.base_name, "base"),
+        serving.settings.host_capacity,
+    )
+    serving.handlers = await Handlers.build(gateway, serving.args)
+    serving.gateway = gateway
+    serving.proving.begin(gateway)
+
+
+async def _offer_demos(serving: Serving) -> None:
+    """The demo adapters, each once: one that somebody deleted or replaced stays as it is."""
+    if not serving.settings.demo_adapters or serving.settings.model != DEFAULT_MODEL:
+        return
+    for folder in sorted(WEIGHTS.iterdir()):
+        if serving.registry.knows(folder.name):
+            continue
+        with serving.store.staging() as staged:
+            serving.imports.copy(folder, staged)
+            await serving.imports.ingest(staged, folder.name, "demo")
+
+
+async def _audit(serving: Serving, say: Say) -> None:
+    """Holds store and registry against each other, while the server answers already."""
+    try:
+        audit = await serving.imports.check(serving.ingest.audit)
+    except AdapterError as error:
+        say(f"the store could not be checked: {error.message}")
+        return
+    for digest, reason in audit.damaged.items():
+        names = ", ".join(serving.registry.references_to(digest))
+        say(f"not served any more: {names}: {reason} Upload the same files again to mend it.")
+    serving.let_go(audit.orphans)
+
+
+async def _watch(serving: Serving, say: Say) -> None:
+    if (root := serving.settings.watch) is not None:
+        parts = (serving.store, serving.registry, serving.imports, serving.let_go, say)
+        await Watch(root, *parts).run()

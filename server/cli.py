@@ -1,4 +1,4 @@
-"""The command line: `loraplex serve`."""
+"""The command line: `loraplex serve` and `loraplex adapters verify`."""
 
 import logging
 import os
@@ -6,8 +6,10 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Iterable
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 from server import lifeline
 
@@ -15,11 +17,15 @@ from server import lifeline
 # heavy imports that follow must not outlive a server that was killed meanwhile.
 lifeline.follow()
 
+import rich.progress  # noqa: E402
 import typer  # noqa: E402
 from rich.console import Console  # noqa: E402
 
+from adapters.audit import audit  # noqa: E402
 from adapters.errors import AdapterError  # noqa: E402
-from server.config import ConfigError, Settings  # noqa: E402
+from adapters.registry import Registry  # noqa: E402
+from adapters.store import Store  # noqa: E402
+from server.config import PREFIX, ConfigError, Settings  # noqa: E402
 
 console = Console(stderr=True, highlight=False)
 cli = typer.Typer(
@@ -30,9 +36,8 @@ cli = typer.Typer(
 )
 
 
-@cli.callback()
-def _root() -> None:
-    """Makes `serve` a command of its own while it is the only one."""
+adapters = typer.Typer(help="Look after stored adapters.", no_args_is_help=True)
+cli.add_typer(adapters, name="adapters")
 
 
 @cli.command(
@@ -66,8 +71,6 @@ def _serve(settings: Settings) -> None:
     from server import app
 
     serving = app.build(settings, folder)
-    linears = sorted({path.rpartition(".")[2] for path in serving.base.linears} - {"lm_head"})
-    args = launch.parse(settings, folder, linears)
     failed: list[Exception] = []
 
     def done(error: Exception | None) -> None:
@@ -83,9 +86,9 @@ def _serve(settings: Settings) -> None:
         _say(f"http://{settings.host}:{settings.port}/v1  (try it: /docs; stop: Ctrl-C)")
 
     def start() -> Any:
-        return launch.start(args, settings.compile, _say)
+        return launch.start(serving.args, settings.compile, _say)
 
-    http = app.create_app(serving, args, start, done)
+    http = app.create_app(serving, start, done, _say)
     server = uvicorn.Server(uvicorn.Config(http, log_level="warning", timeout_graceful_shutdown=5))
     # uvicorn raises a signal that ended it once more when it is done; here that is a normal end.
     for ending in (signal.SIGINT, signal.SIGTERM):
@@ -98,6 +101,48 @@ def _serve(settings: Settings) -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(1 if failed else 0)
+
+
+@adapters.command()
+def verify(
+    home: Annotated[
+        Path | None,
+        typer.Option(
+            envvar=f"{PREFIX}HOME", help="State folder; the default is where `serve` keeps it."
+        ),
+    ] = None,
+) -> None:
+    """Read every stored byte again and hold it against its digest.
+
+    What is damaged is served no more, and what was damaged and is right again is. Needs no server,
+    and disturbs none. Exit code 1 if anything is damaged.
+    """
+    try:
+        settings = Settings.read([] if home is None else ["--home", str(home)])
+        damaged = _verify(settings.home)
+    except (ConfigError, AdapterError) as error:
+        _complain(str(error))
+        raise typer.Exit(1) from None
+    raise typer.Exit(1 if damaged else 0)
+
+
+def _verify(home: Path) -> bool:
+    if not (home / "registry.db").is_file():
+        _complain(f"{home} is no state folder of Loraplex: name it with --home")
+        return True
+    registry = Registry(f"sqlite:///{home / 'registry.db'}")
+
+    def track(digests: list[str]) -> Iterable[str]:
+        return rich.progress.track(digests, "reading", transient=True, console=console)
+
+    found = audit(Store(home / "store"), registry, full=True, track=track)
+    for digest, reason in found.damaged.items():
+        _complain(f"{', '.join(registry.references_to(digest))}: {reason}")
+    for digest in found.mended:
+        _say(f"served again: {', '.join(registry.references_to(digest))}")
+    _say(f"{found.checked - len(found.damaged)} of {found.checked} are as they were sealed")
+    registry.close()
+    return bool(found.damaged)
 
 
 def _listen(settings: Settings) -> socket.socket:

@@ -5,7 +5,15 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from pydantic import Field, ValidationError, field_validator, model_validator
-from pydantic_settings import BaseSettings, CliSettingsSource, CliUnknownArgs, SettingsConfigDict
+from pydantic_settings import (
+    BaseSettings,
+    CliSettingsSource,
+    CliUnknownArgs,
+    NoDecode,
+    SettingsConfigDict,
+)
+
+from adapters.sources.address import Allowed
 
 PREFIX = "LORAPLEX_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -69,6 +77,35 @@ class Settings(BaseSettings):
     max_upload_mb: Annotated[
         int, Field(ge=1, description="Largest upload, in MB, unpacked bytes included.")
     ] = 2048
+    import_from: Annotated[
+        tuple[str, ...],
+        NoDecode,
+        Field(
+            description="Where adapters may be imported from, several after commas: hf://org, "
+            "hf://org/name, hf://* (any), s3://bucket/prefix, gs://…, az://…, file:///folder. "
+            "Nowhere, if left out."
+        ),
+    ] = ()
+    import_timeout: Annotated[
+        int, Field(ge=1, description="Seconds that fetching one adapter may take.")
+    ] = 3600
+    watch: Annotated[
+        Path | None,
+        Field(
+            description="Folder of PEFT folders: each is served under its own name for as long as "
+            "it is there."
+        ),
+    ] = None
+    allow_pickle: Annotated[
+        bool,
+        Field(
+            description="Take adapter_model.bin too: it is read in a process of its own, with "
+            "weights_only and limits of memory and time, and kept as safetensors."
+        ),
+    ] = False
+    allow_noop: Annotated[
+        bool, Field(description="Take adapters that leave what the base says as it is.")
+    ] = False
     demo_adapters: Annotated[
         bool, Field(description="Offer sql, code and poetry when the base is the default one.")
     ] = True
@@ -93,6 +130,17 @@ class Settings(BaseSettings):
             description="Any other flag goes to vLLM by its name, e.g. --tensor-parallel-size 4."
         ),
     ]
+
+    @field_validator("import_from", mode="before")
+    @classmethod
+    def _apart(cls, value: Any) -> Any:
+        return [part.strip() for part in value.split(",")] if isinstance(value, str) else value
+
+    @field_validator("import_from")
+    @classmethod
+    def _prefixes(cls, prefixes: tuple[str, ...]) -> tuple[str, ...]:
+        Allowed(prefixes)
+        return prefixes
 
     @field_validator("max_lora_rank")
     @classmethod

@@ -34,10 +34,16 @@ class AdapterConflict(ServerError):
     code = "adapter_conflict"
 
 
-class BadUpload(ServerError):
-    """An upload that is not the form it should be."""
+class BadRequest(ServerError):
+    """A request whose body or headers are not what they should be."""
 
-    code = "bad_upload"
+    code = "bad_request"
+
+
+class TooManyImports(ServerError):
+    """As many imports are under way as may be."""
+
+    code = "too_many_imports"
 
 
 # Every class of both trees is here; a test fails on one that is not.
@@ -46,7 +52,8 @@ STATUS: dict[type[Exception], int] = {
     EngineNotReady: 503,
     AdapterLoadFailed: 503,
     AdapterConflict: 400,
-    BadUpload: 400,
+    BadRequest: 400,
+    TooManyImports: 429,
     adapters.AdapterError: 500,
     adapters.InvalidName: 400,
     adapters.ReservedName: 400,
@@ -70,7 +77,8 @@ STATUS: dict[type[Exception], int] = {
     adapters.NoSpace: 507,
     adapters.RegistryError: 500,
 }
-RETRY_AFTER_S = 2  # for 503: a load or a restart of the engine takes about that, or asks again
+# Seconds, by status: a load or a restart of the engine takes about that, or asks again.
+RETRY_AFTER_S = {429: 10, 503: 2}
 
 _TYPES = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
 

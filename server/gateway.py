@@ -7,17 +7,23 @@ release. What may be served comes from the registry; what the engine holds is de
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
+from concurrent.futures import Future
 from contextlib import aclosing, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from adapters.errors import AdapterNotFound, InvalidReference
+from adapters.effect import Effect
+from adapters.errors import AdapterError, AdapterNotFound, InvalidAdapter, InvalidReference, Problem
+from adapters.ingest import Ingest
 from adapters.names import Reference
 from adapters.registry import Registry, Version
 from server.engine.call import Call, LoRARequest, current
+from server.engine.proof import Prover
 from server.errors import AdapterConflict, AdapterLoadFailed, EngineNotReady
 from server.residency import Entry, Load, Residency
+
+PROOF_TIMEOUT_S = 300  # an engine so busy that a new adapter gets no turn in this time
 
 
 class Gateway:
@@ -31,18 +37,16 @@ class Gateway:
         self,
         engine: Any,
         registry: Registry,
-        folder_of: Callable[[str], Path],
-        collect: Callable[[str], bool],
+        ingest: Ingest,
         base_names: tuple[str, ...],
         capacity: int,
     ) -> None:
-        """`folder_of` and `collect` are the store's: where a digest lies, and its removal, which
-        does nothing while a version needs it. `capacity` is the size of the host cache.
-        """
+        """`capacity` is the size of the host cache, in versions."""
         self._engine = engine
         self._registry = registry
-        self._folder_of = folder_of
-        self._collect = collect
+        self._ingest = ingest
+        self._prover = Prover(engine)
+        self._proofs = asyncio.Semaphore(1)
         self.base_names = base_names
         self.residency = Residency(capacity)
         self._numbers = itertools.count(1)
@@ -123,6 +127,28 @@ class Gateway:
             self._retiring.add(digest)
             self._finish_retiring(digest)
 
+    async def prove(self, digest: str, folder: Path) -> Effect:
+        """What the adapter in `folder`, which is not sealed yet, does to the base's next tokens.
+
+        One at a time. Raises InvalidAdapter if the engine cannot load it, EngineNotReady.
+        """
+        self.check()
+        lora = LoRARequest(digest, self._id(digest), str(folder))
+        async with self._proofs:
+            effect = None
+            try:
+                async with asyncio.timeout(PROOF_TIMEOUT_S), self._resident(lora):
+                    effect = await self._prover.measure(lora)
+            except AdapterLoadFailed as error:
+                self.check()
+                raise InvalidAdapter([_not_loaded(error)]) from error
+            except TimeoutError:
+                raise EngineNotReady("The engine is too busy to try the adapter out.") from None
+            finally:
+                if effect is None or effect.problems() or not effect.difference:
+                    self.retire([digest])
+        return effect
+
     async def resolve(self, asked: str, param: str) -> Version:
         """The version that the reference `asked` means; errors are about the field `param`.
 
@@ -148,9 +174,12 @@ class Gateway:
 
     def _request(self, version: Version) -> LoRARequest:
         digest = version.digest
+        return LoRARequest(digest, self._id(digest), str(self._ingest.form(digest)))
+
+    def _id(self, digest: str) -> int:
         if digest not in self._ids:
             self._ids[digest] = next(self._numbers)
-        return LoRARequest(digest, self._ids[digest], str(self._folder_of(digest)))
+        return self._ids[digest]
 
     @asynccontextmanager
     async def _resident(self, lora: LoRARequest | None) -> AsyncIterator[None]:
@@ -193,9 +222,13 @@ class Gateway:
         try:
             if load.evict is not None:
                 await self._engine.remove_lora(self._ids[load.evict])
+            if lora.lora_path == str(self._ingest.form(load.digest)):
+                await asyncio.to_thread(self._ingest.vouch, load.digest)
             await self._engine.add_lora(lora)
         except Exception as error:
             self.residency.failed(load.digest)
+            if isinstance(error, AdapterError):
+                raise
             raise AdapterLoadFailed(
                 f"The adapter {load.digest} could not be loaded into the engine: {error}"
             ) from error
@@ -233,10 +266,36 @@ class Gateway:
             if unload:
                 await self._engine.remove_lora(self._ids[digest])
         finally:
-            await asyncio.to_thread(self._collect, digest)
+            await asyncio.to_thread(self._ingest.collect, digest)
 
     def _spawn(self, work: Any) -> asyncio.Task[None]:
         task: asyncio.Task[None] = asyncio.create_task(work)
         self._tasks.add(task)  # the loop keeps only a weak reference
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _not_loaded(error: AdapterLoadFailed) -> Problem:
+    fix = "Save the adapter again; if it loads elsewhere, report this as a fault of the checks."
+    return Problem("engine_refused", "engine", error.message, fix)
+
+
+class Proving:
+    """What checks of adapters ask, in threads of their own: waits until the engine is there."""
+
+    def __init__(self) -> None:
+        self._up: Future[tuple[Gateway, asyncio.AbstractEventLoop]] = Future()
+
+    def __call__(self, digest: str, folder: Path) -> Effect:
+        """`Gateway.prove`. Raises what it raises, and EngineNotReady if no engine ever came."""
+        gateway, loop = self._up.result()
+        return asyncio.run_coroutine_threadsafe(gateway.prove(digest, folder), loop).result()
+
+    def begin(self, gateway: Gateway) -> None:
+        """The engine can answer; called on the event loop that it runs on."""
+        self._up.set_result((gateway, asyncio.get_running_loop()))
+
+    def give_up(self) -> None:
+        """No engine will come."""
+        if not self._up.done():
+            self._up.set_exception(EngineNotReady("The engine did not start."))

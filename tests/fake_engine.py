@@ -1,5 +1,6 @@
 """vLLM's own frontend over a made-up engine process: real prompts, tokens, streams and aborts,
-but no model. A reply says who gives it: `base` or the first letters of an adapter's digest.
+but no model. A reply says who gives it: `base` or the first letters of an adapter's digest. Asked
+for logprobs, each speaker has some of its own.
 """
 
 import asyncio
@@ -10,12 +11,14 @@ from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.lora.request import LoRARequest
 from vllm.usage.usage_lib import UsageContext
 from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs, EngineCoreRequest, FinishReason
 from vllm.v1.engine.async_llm import AsyncLLM
 from vllm.v1.engine.core_client import EngineCoreClient
+from vllm.v1.outputs import LogprobsLists
 
 from server.engine.plugin import OP_WRAPPER
 
@@ -40,6 +43,7 @@ class FakeCore:
         self.cold: list[str] = []
         self.loads: list[str] = []
         self.on_load: Any = None
+        self.speaks_as: dict[str, str] = {}  # digest → who it speaks as instead: base, nan, …
         self._tokenizer = renderer.tokenizer
         self._capacity = vllm_config.lora_config.max_cpu_loras
         self._loaded: dict[int, str] = {}
@@ -96,7 +100,9 @@ class FakeCore:
     async def _reply(self, request: EngineCoreRequest) -> None:
         params = request.sampling_params
         lora = request.lora_request
-        said = f"{speaker(lora.lora_name if lora else None)} has read your words and says hello"
+        name = speaker(lora.lora_name if lora else None)
+        name = self.speaks_as.get(lora.lora_name, name) if lora else name
+        said = f"{name} has read your words and says hello"
         tokens = self._tokenizer.encode(said, add_special_tokens=False)
         if params.ignore_eos:
             tokens = itertools.cycle(tokens)
@@ -108,12 +114,25 @@ class FakeCore:
             finish = FinishReason.STOP if stop else None
             if finish is None and count >= params.max_tokens:
                 finish = FinishReason.LENGTH
+            top = None if params.logprobs is None else _logprobs(name, token, params.logprobs)
             self._outputs.put_nowait(
-                EngineCoreOutput(request.request_id, [token], finish_reason=finish)
+                EngineCoreOutput(
+                    request.request_id, [token], new_logprobs=top, finish_reason=finish
+                )
             )
             if finish is not None:
                 self._running.pop(request.request_id, None)
                 return
+
+
+def _logprobs(name: str, token: int, count: int) -> LogprobsLists:
+    """Of the token said and `count` others: the same whenever `name` says it."""
+    top = np.full(count + 1, np.nan)
+    if name != "nan":
+        seed = int.from_bytes(name.encode()[:8])
+        top = -np.sort(np.random.default_rng(seed).exponential(size=count + 1))
+    ids = np.array([[token, *range(1000, 1000 + count)]])
+    return LogprobsLists(ids, top[None].astype("f4"), np.array([0]))
 
 
 def start(args: Namespace) -> AsyncLLM:

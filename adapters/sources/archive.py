@@ -1,4 +1,4 @@
-"""A .zip, .tar or .tar.gz with one PEFT folder in it.
+"""A .zip, .tar, .tar.gz or .tar.zst with one PEFT folder in it.
 
 Only the adapter's two files are ever written, under their own names. Everything an archive says
 of itself (sizes, names, types) is taken for a claim.
@@ -19,6 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 from typing import IO, cast
 
+import zstandard
+
 from adapters.errors import InvalidAdapter, Problem, TooLarge
 from adapters.folder import FILES, PICKLE, WEIGHTS, disk, wanted
 from adapters.sources.intake import Intake, Transfer, too_large
@@ -31,12 +33,15 @@ _BLOCK = 2**16
 _MAX_TAR_HEADER = 4096
 # What zipfile may read at once includes the table of contents: about 100 bytes per entry.
 _MAX_ZIP_READ = 2**20
+# What zstd may remember of what it unpacked; its own tool allows as much by default.
+_MAX_ZSTD_WINDOW = 2**27
 _ENCRYPTED = 0x1
 _BROKEN = (
     tarfile.TarError,
     zipfile.BadZipFile,
     gzip.BadGzipFile,
     zlib.error,
+    zstandard.ZstdError,
     EOFError,
     NotImplementedError,
     RecursionError,
@@ -70,11 +75,8 @@ def unpack(
         try:
             if magic == b"PK\x03\x04":
                 _unzip(archive, contents)
-            elif magic[:2] == b"\x1f\x8b":
-                unzipped = gzip.GzipFile(fileobj=file)
-                _untar(cast(IO[bytes], unzipped), contents, tar_bytes)
             else:
-                _untar(file, contents, tar_bytes)
+                _untar(_decompressed(file, magic), contents, tar_bytes)
         except _BROKEN as error:
             raise _broken(error) from error
     contents.finish()
@@ -86,7 +88,7 @@ def _refusal(code: str, where: str, message: str, fix: str = _REPACK) -> Invalid
 
 def _broken(error: BaseException) -> InvalidAdapter:
     message = f"The archive is broken or of no known kind: {error}."
-    return _refusal("archive_broken", "archive", message, "Send a .zip, .tar or .tar.gz.")
+    return _refusal("archive_broken", "archive", message, "Send a .zip, .tar, .tar.gz or .tar.zst.")
 
 
 class _Contents:
@@ -221,6 +223,18 @@ class _TarFile:
         if self._position > self._max_bytes:
             raise too_large(self._max_bytes)
         return block
+
+
+def _decompressed(file: IO[bytes], magic: bytes) -> IO[bytes]:
+    """What `file`, which begins with `magic`, has in it; itself if that is not compressed."""
+    if magic[:2] == b"\x1f\x8b":
+        return cast(IO[bytes], gzip.GzipFile(fileobj=file))
+    if magic == b"\x28\xb5\x2f\xfd":
+        reader = zstandard.ZstdDecompressor(max_window_size=_MAX_ZSTD_WINDOW).stream_reader(
+            file, read_across_frames=True, closefd=False
+        )
+        return cast(IO[bytes], reader)
+    return file
 
 
 def _untar(file: IO[bytes], contents: _Contents, max_bytes: int) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -19,16 +20,31 @@ def copy(folder: Path, into: Path, transfer: Transfer, allow_pickle: bool = Fals
     Whether `folder` may be read at all is the caller's to decide. Raises InvalidAdapter,
     StoreError, and what `transfer` raises.
     """
-    if folder.is_symlink() or not folder.is_dir():
+    with _opened(folder) as opened:
+        with disk(f"read {folder}"):
+            names = os.listdir(opened)
+        intake = Intake(into, transfer)
+        for name in wanted(names, allow_pickle):
+            with open_regular(opened, name) as file:
+                intake.write(name, _blocks(file))
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[Path]:
+    """A path that means this very folder, whatever takes its name meanwhile."""
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    except (FileNotFoundError, NotADirectoryError) as error:
         message = f"{folder} is not a folder."
         fix = "Give the folder that PEFT's save_pretrained wrote, and no link to it."
-        raise InvalidAdapter([Problem("not_a_folder", str(folder), message, fix)])
-    with disk(f"read {folder}"):
-        names = os.listdir(folder)
-    intake = Intake(into, transfer)
-    for name in wanted(names, allow_pickle):
-        with open_regular(folder, name) as file:
-            intake.write(name, _blocks(file))
+        raise InvalidAdapter([Problem("not_a_folder", str(folder), message, fix)]) from error
+    except OSError as error:
+        with disk(f"read {folder}"):
+            raise error
+    try:
+        yield Path(f"/proc/self/fd/{handle}")
+    finally:
+        os.close(handle)
 
 
 def _blocks(file: BinaryIO) -> Iterator[bytes]:

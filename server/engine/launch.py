@@ -156,6 +156,21 @@ def parse(settings: Settings, folder: Path, linears: list[str]) -> Namespace:
     return args  # type: ignore[no-any-return]
 
 
+def dtype(args: Namespace, folder: Path) -> str:
+    """The type that the engine computes with, and therefore loads adapters in: BF16, F16 or F32.
+
+    A model in float32 is served in bfloat16 unless the arguments say otherwise, as vLLM does where
+    the hardware has it.
+    """
+    from transformers import AutoConfig
+
+    wanted = args.dtype
+    if wanted == "auto":
+        stored = AutoConfig.from_pretrained(folder).get_text_config().dtype
+        wanted = {"torch.float16": "half"}.get(str(stored), "bfloat16")
+    return {"half": "F16", "float16": "F16", "float": "F32", "float32": "F32"}.get(wanted, "BF16")
+
+
 def _refuse_unused(args: Namespace, ours: Namespace) -> None:
     """Raises ConfigError for settings of vLLM's HTTP server, or ones that only we may choose."""
     from vllm.entrypoints.launchers.cli_args import FrontendArgs

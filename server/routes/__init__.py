@@ -1,6 +1,7 @@
 """HTTP: one module a part of the interface."""
 
 import time
+from argparse import Namespace
 from dataclasses import dataclass, field
 from typing import Annotated, Any, cast
 
@@ -13,18 +14,25 @@ from adapters.store import Store
 from server.config import Settings
 from server.engine.handlers import Handlers
 from server.errors import EngineNotReady
-from server.gateway import Gateway
+from server.gateway import Gateway, Proving
+from server.imports import Imports
 
 
 @dataclass
 class Serving:
-    """The parts of a server that routes use; `gateway` and `handlers` come when the engine does."""
+    """The parts of a server that routes use; `gateway` and `handlers` come when the engine does.
+
+    `args` are vLLM's.
+    """
 
     settings: Settings
+    args: Namespace
     base: BaseSpec
     store: Store
     registry: Registry
     ingest: Ingest
+    imports: Imports
+    proving: Proving
     gateway: Gateway | None = None
     handlers: Handlers | None = None
     started: float = field(default_factory=time.time)
@@ -39,6 +47,14 @@ class Serving:
         if self.gateway is None or self.handlers is None:
             raise EngineNotReady("The engine is starting; GET /ready says when it can answer.")
         return self.gateway, self.handlers
+
+    def let_go(self, digests: list[str]) -> None:
+        """Removes versions that the registry has let go, each with its last lease."""
+        if self.gateway is not None:
+            self.gateway.retire(digests)
+            return
+        for digest in digests:  # no engine yet, so nobody uses them
+            self.ingest.collect(digest)
 
 
 def _serving(request: Request) -> Serving:

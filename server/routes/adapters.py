@@ -1,66 +1,157 @@
-"""Adapters: upload, list, show, delete."""
+"""Adapters: upload, import, check, list, show, alias, delete."""
 
+import asyncio
 import json
+import re
 import shutil
+from collections.abc import AsyncIterator
 from pathlib import Path
+from types import EllipsisType
 from typing import Annotated, Any
 
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, Query, Request
-from fastapi.responses import JSONResponse
+from fastapi import APIRouter, Body, Header, Query, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from adapters.folder import disk
+from adapters.errors import AdapterNotFound
+from adapters.folder import CONFIG, disk
+from adapters.ingest import Inspection
 from adapters.registry import Adapter, Version
 from adapters.sources import archive
-from server.errors import BadUpload
+from server.errors import BadRequest, describe
+from server.imports import Import
 from server.routes import Json, Served, Serving
-from server.routes.upload import Form, receive
+from server.routes.upload import MAX_FIELD, Form, receive
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 
-_FORM = {
-    "requestBody": {
-        "required": True,
-        "content": {
-            "multipart/form-data": {
-                "schema": {
-                    "type": "object",
-                    "required": ["name"],
-                    "properties": {
-                        "name": {"type": "string", "description": "Name of the adapter."},
-                        "files": {
-                            "type": "array",
-                            "items": {"type": "string", "format": "binary"},
-                            "description": "The files that PEFT's save_pretrained wrote.",
-                        },
-                        "archive": {
-                            "type": "string",
-                            "format": "binary",
-                            "description": "Or the folder, packed: .zip, .tar, .tar.gz.",
-                        },
-                        "alias": {"type": "string", "description": "Alias to point to it."},
-                        "metadata": {"type": "string", "description": "A JSON object, kept as is."},
-                    },
-                }
-            }
-        },
-    }
+PROGRESS_S = 0.25  # between two looks at an import that somebody follows
+
+
+class ImportRequest(BaseModel):
+    """Body of POST /v1/adapters as JSON: the server fetches the adapter itself."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    name: str = Field(description="Name of the adapter.")
+    source: str = Field(
+        description="hf://org/name[@revision][/folder], s3://bucket/prefix, gs://…, az://…, or "
+        "file:///folder, within what the server's --import-from allows.",
+        examples=["hf://org/name@main"],
+    )
+    alias: str | None = Field(default=None, description="Alias to point to the version.")
+    metadata: dict[str, Any] | None = Field(default=None, description="Kept as it is.")
+
+
+_FILES = {
+    "files": {
+        "type": "array",
+        "items": {"type": "string", "format": "binary"},
+        "description": "The files that PEFT's save_pretrained wrote.",
+    },
+    "archive": {
+        "type": "string",
+        "format": "binary",
+        "description": "Or the folder, packed: .zip, .tar, .tar.gz, .tar.zst.",
+    },
+}
+_FIELDS = {
+    "name": {"type": "string", "description": "Name of the adapter."},
+    "alias": {"type": "string", "description": "Alias to point to it."},
+    "metadata": {"type": "string", "description": "A JSON object, kept as it is."},
 }
 
 
-@router.post("", status_code=201, openapi_extra=_FORM)
-async def upload(request: Request, serving: Served) -> JSONResponse:
-    """Takes an adapter in: 201 and the version, or 200 if it has these bytes already."""
+def _form(required: list[str], fields: Json, **others: Json) -> Json:
+    schema = {"type": "object", "required": required, "properties": fields | _FILES}
+    content = {"multipart/form-data": {"schema": schema}, **others}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+_JSON = {"application/json": {"schema": ImportRequest.model_json_schema()}}
+
+
+@router.post("", status_code=201, openapi_extra=_form(["name"], _FIELDS, **_JSON))
+async def add(
+    request: Request,
+    serving: Served,
+    accept: Annotated[str, Header(description="text/event-stream: progress of an import.")] = "",
+    prefer: Annotated[str, Header(description="respond-async: 202 at once, for an import.")] = "",
+) -> Response:
+    """Takes an adapter in: 201 and the version, or 200 if it has these bytes already.
+
+    A form uploads its files; JSON names a source that the server fetches.
+    """
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        return await _upload(request, serving)
+    asked = await _import_request(request)
+    one = serving.imports.begin(asked.name, asked.source, asked.alias, asked.metadata)
+    if "text/event-stream" in accept:
+        return StreamingResponse(_follow(serving, one), media_type="text/event-stream")
+    if "respond-async" in prefer:
+        headers = {"location": f"/v1/adapters/{one.name}", "preference-applied": "respond-async"}
+        return JSONResponse(_show_import(one), status_code=202, headers=headers)
+    return _taken(serving, *await serving.imports.end(one))
+
+
+@router.post(":check", openapi_extra=_form([], {}))
+async def check(request: Request, serving: Served) -> Json:
+    """What an upload of these files would be told, and their algebra; stores nothing."""
+    limit = serving.settings.max_upload_mb * 10**6
+    with serving.store.staging() as arrived, serving.store.staging() as folder:
+        form = await receive(request, arrived, limit)
+        _refuse_others(form, set())
+        await run_sync(_collect, form, folder, serving)
+        seen = await serving.imports.check(serving.ingest.check, folder)
+    return _show_inspection(seen)
+
+
+async def _upload(request: Request, serving: Serving) -> Response:
     limit = serving.settings.max_upload_mb * 10**6
     with serving.store.staging() as arrived, serving.store.staging() as folder:
         form = await receive(request, arrived, limit)
         name, alias, metadata = _fields(form)
         serving.ingest.check_name(name)
-        await run_sync(_collect, form, folder, limit)
-        version, created = await run_sync(
-            serving.ingest.ingest, folder, name, "upload", alias, metadata
-        )
+        await run_sync(_collect, form, folder, serving)
+        added = await serving.imports.ingest(folder, name, "upload", alias, metadata)
+    return _taken(serving, *added)
+
+
+def _taken(serving: Serving, version: Version, created: bool) -> JSONResponse:
     return JSONResponse(_show_version(serving, version), status_code=201 if created else 200)
+
+
+async def _import_request(request: Request) -> ImportRequest:
+    text = b""
+    async for chunk in request.stream():
+        text += chunk
+        if len(text) > MAX_FIELD:
+            raise BadRequest(f"The body has more than {MAX_FIELD} bytes.")
+    try:
+        return ImportRequest.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BadRequest(f"{where}: {first['msg']}" if where else first["msg"], where) from None
+
+
+async def _follow(serving: Serving, one: Import) -> AsyncIterator[str]:
+    """Server-sent events: `progress` as it changes, then `ready` with the version or `error`."""
+    said = None
+    while one.ended is None:
+        if (now := _show_import(one)) != said:
+            said = now
+            yield _event("progress", now)
+        await asyncio.sleep(PROGRESS_S)
+    if one.version is not None:
+        yield _event("ready", _show_version(serving, one.version))
+    elif one.error is not None:
+        yield _event("error", describe(one.error)[1])
+
+
+def _event(kind: str, data: Json) -> str:
+    return f"event: {kind}\ndata: {json.dumps(data)}\n\n"
 
 
 @router.get("")
@@ -81,9 +172,17 @@ def every(
 
 
 @router.get("/{name}")
-def show(name: str, serving: Served) -> Json:
-    """One adapter: its aliases, and its versions with their algebra and checks."""
-    return _show(serving, serving.registry.get(name))
+async def show(name: str, serving: Served) -> Json:
+    """One adapter: its aliases, versions and imports; `latest` with its algebra and checks."""
+    imports = [_show_import(one) for one in serving.imports.of(name)]
+    try:
+        adapter = await run_sync(serving.registry.get, name)
+    except AdapterNotFound:
+        if not imports:
+            raise
+        nothing: Json = {"versions": [], "aliases": {}, "created": None, "metadata": {}}
+        return {"object": "adapter", "name": name, **nothing, "imports": imports}
+    return _show(serving, adapter) | {"imports": imports}
 
 
 @router.get("/{name}/versions/{version}")
@@ -92,54 +191,95 @@ def show_version(name: str, version: str, serving: Served) -> Json:
     return _show_version(serving, serving.registry.show(f"{name}@{version}"))
 
 
+@router.put("/{name}/aliases/{alias}")
+async def set_alias(
+    name: str,
+    alias: str,
+    serving: Served,
+    response: Response,
+    version: Annotated[int, Body(embed=True, ge=1, description="Number of a ready version.")],
+    if_match: Annotated[str | None, Header(description='Only if it points to this: "3".')] = None,
+    if_none_match: Annotated[str | None, Header(description="*: only if there is none.")] = None,
+) -> Json:
+    """Points an alias to a version, whatever it pointed to before unless `If-Match` says so.
+
+    Requests that run finish on the version they began with.
+    """
+    expected = _expected(if_match, if_none_match)
+    await run_sync(serving.registry.set_alias, name, alias, version, expected)
+    response.headers["etag"] = f'"{version}"'
+    return {"object": "adapter.alias", "adapter": name, "alias": alias, "version": version}
+
+
+@router.delete("/{name}/aliases/{alias}")
+async def delete_alias(
+    name: str,
+    alias: str,
+    serving: Served,
+    if_match: Annotated[str | None, Header(description='Only if it points to this: "3".')] = None,
+) -> Json:
+    """Removes an alias."""
+    expected = _expected(if_match)
+    await run_sync(serving.registry.delete_alias, name, alias, expected)
+    return {"object": "adapter.alias", "adapter": name, "alias": alias, "deleted": True}
+
+
 @router.delete("/{name}")
 async def delete(name: str, serving: Served) -> Json:
     """No new requests from now on; running ones finish, then the bytes go."""
-    _let_go(serving, await run_sync(serving.registry.delete_adapter, name))
+    serving.let_go(await run_sync(serving.registry.delete_adapter, name))
     return {"object": "adapter", "name": name, "deleted": True}
 
 
 @router.delete("/{name}/versions/{version}")
 async def delete_version(name: str, version: int, serving: Served) -> Json:
     """The same for one version; refused while an alias other than `latest` points to it."""
-    _let_go(serving, await run_sync(serving.registry.delete_version, name, version))
+    serving.let_go(await run_sync(serving.registry.delete_version, name, version))
     return {"object": "adapter.version", "name": name, "version": version, "deleted": True}
 
 
-def _let_go(serving: Serving, digests: list[str]) -> None:
-    if serving.gateway is not None:
-        serving.gateway.retire(digests)
-        return
-    for digest in digests:  # no engine yet, so nobody uses them
-        serving.ingest.collect(digest)
+def _expected(if_match: str | None, if_none_match: str | None = None) -> int | EllipsisType | None:
+    """What an alias must point to now: a number, None for no such alias, … for anything."""
+    if if_none_match is not None:
+        if if_none_match.strip() != "*" or if_match is not None:
+            raise BadRequest("If-None-Match can only be *, and not beside If-Match.")
+        return None
+    if if_match is None or if_match.strip() == "*":
+        return ...
+    found = re.fullmatch(r'"([1-9][0-9]{0,8})"', if_match.strip())
+    if found is None:
+        raise BadRequest('If-Match is the version\'s number in quotes, like "3".')
+    return int(found[1])
+
+
+def _refuse_others(form: Form, known: set[str]) -> None:
+    if unknown := (form.fields.keys() | form.files.keys()) - known - {"files", "archive"}:
+        raise BadRequest(f"The form has unknown fields: {', '.join(sorted(unknown))}.")
 
 
 def _fields(form: Form) -> tuple[str, str | None, dict[str, Any] | None]:
-    unknown = (form.fields.keys() | form.files.keys()) - {
-        *("name", "alias", "metadata", "files", "archive")
-    }
-    if unknown:
-        raise BadUpload(f"The form has unknown fields: {', '.join(sorted(unknown))}.")
+    _refuse_others(form, {"name", "alias", "metadata"})
     if not form.fields.get("name"):
-        raise BadUpload("The form has no field `name`: what shall the adapter be called?", "name")
+        raise BadRequest("The form has no field `name`: what shall the adapter be called?", "name")
     metadata = None
     if text := form.fields.get("metadata"):
         try:
             metadata = json.loads(text)
         except ValueError as error:
-            raise BadUpload(f"`metadata` is not JSON: {error}.", "metadata") from None
+            raise BadRequest(f"`metadata` is not JSON: {error}.", "metadata") from None
         if not isinstance(metadata, dict):
-            raise BadUpload("`metadata` is not a JSON object.", "metadata")
+            raise BadRequest("`metadata` is not a JSON object.", "metadata")
     return form.fields["name"], form.fields.get("alias") or None, metadata
 
 
-def _collect(form: Form, folder: Path, limit: int) -> None:
+def _collect(form: Form, folder: Path, serving: Serving) -> None:
     """The adapter's files in `folder`, from loose files or from an archive."""
     loose, packed = form.files.get("files", []), form.files.get("archive", [])
     if bool(loose) == bool(packed) or len(packed) > 1:
-        raise BadUpload("Send either the adapter's files in `files`, or one `archive`.", "files")
+        raise BadRequest("Send either the adapter's files in `files`, or one `archive`.", "files")
     if packed:
-        archive.unpack(packed[0], folder, limit)
+        limit = serving.settings.max_upload_mb * 10**6
+        archive.unpack(packed[0], folder, limit, allow_pickle=serving.settings.allow_pickle)
         return
     with disk("keep an upload"):
         for path in loose:
@@ -159,7 +299,7 @@ def _show(serving: Serving, adapter: Adapter) -> Json:
 
 def _show_version(serving: Serving, version: Version) -> Json:
     gateway = serving.gateway
-    shown = {
+    shown: Json = {
         "object": "adapter.version",
         "adapter": version.adapter,
         "version": version.number,
@@ -176,10 +316,59 @@ def _show_version(serving: Serving, version: Version) -> Json:
         "parameters": version.parameters,
         "base_model": version.base_model,
         "source": version.source,
+        **({"reason": version.reason} if version.reason else {}),
         "residency": gateway.residency.tier(version.digest) if gateway else "disk",
         "leases": gateway.residency.leases(version.digest) if gateway else 0,
     }
     if version.checks is not None:
+        shown["config"] = _config(serving, version.digest)
         shown["checks"] = version.checks
         shown["algebra"] = version.algebra
     return shown
+
+
+def _config(serving: Serving, digest: str) -> Json | None:
+    """The adapter's own config; None where its bytes are damaged."""
+    try:
+        config = json.loads((serving.store.path(digest) / CONFIG).read_bytes())
+    except (OSError, ValueError):
+        return None
+    return config if isinstance(config, dict) else None
+
+
+def _show_import(one: Import) -> Json:
+    shown = {
+        "object": "adapter.import",
+        "id": one.id,
+        "adapter": one.name,
+        "source": one.source,
+        "state": one.state,
+        "bytes": one.transfer.done,
+        "bytes_total": one.transfer.total,
+        "begun": int(one.begun),
+        "ended": None if one.ended is None else int(one.ended),
+    }
+    if one.version is not None:
+        shown["version"] = one.version.number
+    if one.error is not None:
+        shown["error"] = describe(one.error)[1]["error"]
+    return shown
+
+
+def _show_inspection(seen: Inspection) -> Json:
+    shown: Json = {"object": "adapter.check", "ok": seen.algebra is not None}
+    if seen.spec is not None:
+        spec = seen.spec
+        shown |= {
+            "rank": spec.rank,
+            "alpha": spec.alpha,
+            "rslora": spec.rslora,
+            "target_modules": spec.target_modules,
+            "dtype": spec.dtype,
+            "bytes": spec.bytes,
+            "parameters": spec.parameters,
+            "base_model": spec.base_model,
+        }
+    advice = [each.as_dict() for each in seen.advice]
+    algebra = None if seen.algebra is None else seen.algebra.as_dict()
+    return shown | {"checks": seen.report.as_dict() | {"advice": advice}, "algebra": algebra}

@@ -65,5 +65,5 @@ def _response(request: Request, status: int, content: dict[str, Any]) -> JSONRes
         error = content["error"]
         kind = _ANTHROPIC.get(status, error["type"] if status < 500 else "api_error")
         content = {"type": "error", "error": {"type": kind, "message": error["message"]}}
-    headers = {"retry-after": str(RETRY_AFTER_S)} if status == 503 else None
+    headers = {"retry-after": str(RETRY_AFTER_S[status])} if status in RETRY_AFTER_S else None
     return JSONResponse(content, status_code=status, headers=headers)

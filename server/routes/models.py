@@ -1,12 +1,9 @@
 """What can be asked for, as OpenAI lists models."""
 
-from collections.abc import Iterator
-
 from anyio.to_thread import run_sync
 from fastapi import APIRouter
 
 from adapters.errors import AdapterNotFound, InvalidReference
-from adapters.registry import Adapter
 from server.routes import Json, Served, Serving
 
 router = APIRouter(prefix="/v1/models", tags=["inference"])
@@ -16,7 +13,8 @@ router = APIRouter(prefix="/v1/models", tags=["inference"])
 def every(serving: Served) -> Json:
     """The base and every adapter; an adapter's `parent` is the base."""
     base = serving.settings.base_name
-    adapters = [_card(a.name, a.created.timestamp(), base) for a in _all(serving)]
+    named = serving.registry.names()
+    adapters = [_card(name, created.timestamp(), base) for name, created in named]
     return {"object": "list", "data": [_base(serving), *adapters]}
 
 
@@ -30,15 +28,6 @@ async def one(name: str, serving: Served) -> Json:
     except InvalidReference:
         raise AdapterNotFound(f"There is no model or adapter {name!r}.", "model") from None
     return _card(name, version.created.timestamp(), serving.settings.base_name)
-
-
-def _all(serving: Serving) -> Iterator[Adapter]:
-    after = None
-    while True:
-        page = serving.registry.list(after, limit=1000)
-        yield from page.data
-        if (after := page.next) is None:
-            return
 
 
 def _base(serving: Serving) -> Json:

@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
+from adapters.errors import AdapterError
 from server.engine.call import Call
 from server.engine.handlers import ErrorResponse, Handlers, explain, with_cancellation
 from server.engine.requests import (
@@ -19,7 +20,7 @@ from server.engine.requests import (
     TextRequest,
     TokenizeRequest,
 )
-from server.errors import AdapterLoadFailed
+from server.errors import ServerError
 from server.routes import Served, Serving
 from server.routes.failure import failure
 
@@ -131,7 +132,7 @@ async def _begin(asked: Awaitable[Any], request: Request, call: Call) -> Any:
     except Exception as error:
         result = explain(error)
     # Handlers make anything an error of their own; this one has a status and a code of ours.
-    if isinstance(call.error, AdapterLoadFailed):
+    if isinstance(call.error, AdapterError | ServerError):
         raise call.error
     return result
 

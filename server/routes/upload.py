@@ -10,7 +10,7 @@ from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from adapters.errors import TooLarge
-from server.errors import BadUpload
+from server.errors import BadRequest
 
 MAX_FIELD = 64 * 1024  # bytes of a field that is no file: names and metadata
 MAX_PARTS = 64
@@ -28,12 +28,12 @@ async def receive(request: Request, folder: Path, max_bytes: int) -> Form:
     """Writes the files of a multipart request into `folder`, which is empty; `max_bytes` in all.
 
     Raises:
-        BadUpload: not a multipart form, or one that breaks off, or with two files of one name.
+        BadRequest: not a multipart form, or one that breaks off, or with two files of one name.
         TooLarge: more than `max_bytes` arrived, or was announced.
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data" or b"boundary" not in options:
-        raise BadUpload(
+        raise BadRequest(
             "Send the adapter as multipart/form-data with a field `name` and its files in `files` "
             "(or packed, in `archive`)."
         )
@@ -50,11 +50,11 @@ async def receive(request: Request, folder: Path, max_bytes: int) -> Form:
             await anyio.to_thread.run_sync(parser.write, chunk)
         parser.finalize()
     except MultipartParseError as error:
-        raise BadUpload(f"The form cannot be read: {error}.") from None
+        raise BadRequest(f"The form cannot be read: {error}.") from None
     finally:
         parts.close()
     if not parts.ended:
-        raise BadUpload("The form breaks off before its end.")
+        raise BadRequest("The form breaks off before its end.")
     return parts.form
 
 
@@ -100,7 +100,7 @@ class _Parts:
     def _part_begin(self) -> None:
         self._parts += 1
         if self._parts > MAX_PARTS:
-            raise BadUpload(f"The form has more than {MAX_PARTS} parts.")
+            raise BadRequest(f"The form has more than {MAX_PARTS} parts.")
         self._disposition = b""
 
     def _header_begin(self) -> None:
@@ -120,12 +120,12 @@ class _Parts:
         path = options[b"filename"].decode(errors="replace").replace("\\", "/")
         name = path.rpartition("/")[2]
         if name in ("", ".", "..") or "\0" in name or len(name.encode()) > 255:
-            raise BadUpload(f"A file in `{self._name}` has no usable name.", param=self._name)
+            raise BadRequest(f"A file in `{self._name}` has no usable name.", param=self._name)
         target = self._folder / name
         try:
             self._file = target.open("xb")
         except FileExistsError:
-            raise BadUpload(f"Two files are called {name}.", param=self._name) from None
+            raise BadRequest(f"Two files are called {name}.", param=self._name) from None
         self.form.files.setdefault(self._name, []).append(target)
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
@@ -134,7 +134,7 @@ class _Parts:
         elif self._text is not None:
             self._text.extend(data[start:end])
             if len(self._text) > MAX_FIELD:
-                raise BadUpload(
+                raise BadRequest(
                     f"The field `{self._name}` has more than {MAX_FIELD} bytes.", param=self._name
                 )
 

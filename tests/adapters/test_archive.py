@@ -11,6 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+import zstandard
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -18,7 +19,7 @@ from adapters.errors import AdapterError, InvalidAdapter, TooLarge
 from adapters.sources.archive import unpack
 from adapters.store import digest
 
-KINDS = ["zip", "tar", "tar.gz"]
+KINDS = ["zip", "tar", "tar.gz", "tar.zst"]
 BOTH = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}
 
 
@@ -29,12 +30,20 @@ def pack(kind: str, entries: list[tuple[str, bytes]]) -> bytes:
             for name, content in entries:
                 archive.writestr(name, content)
     else:
-        with tarfile.open(fileobj=packed, mode="w:gz" if kind == "tar.gz" else "w") as archive:
+        with tarfile.open(fileobj=packed, mode="w") as archive:
             for name, content in entries:
                 member = tarfile.TarInfo(name)
                 member.size = len(content)
                 archive.addfile(member, io.BytesIO(content))
-    return packed.getvalue()
+    return compress(kind, packed.getvalue())
+
+
+def compress(kind: str, content: bytes) -> bytes:
+    if kind == "tar.gz":
+        return gzip.compress(content, 1)
+    if kind == "tar.zst":
+        return zstandard.ZstdCompressor(write_checksum=True).compress(content)
+    return content
 
 
 @pytest.fixture
@@ -161,9 +170,10 @@ def test_a_bomb_stops_at_the_limit(open_archive, tmp_path, kind):
     assert sum(p.stat().st_size for p in (tmp_path / "into").iterdir()) <= 1_000_000
 
 
-def test_a_bomb_in_a_skipped_file_stops_too(open_archive):
+@pytest.mark.parametrize("kind", ["tar.gz", "tar.zst"])
+def test_a_bomb_in_a_skipped_file_stops_too(open_archive, kind):
     with pytest.raises(TooLarge):
-        open_archive(pack("tar.gz", [("README.md", b"\0" * 50_000_000)]), max_bytes=1_000_000)
+        open_archive(pack(kind, [("README.md", b"\0" * 50_000_000)]), max_bytes=1_000_000)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -173,10 +183,11 @@ def test_too_many_entries(open_archive, kind):
         open_archive(many, max_entries=10)
 
 
-def test_a_tar_header_cannot_ask_for_memory(open_archive):
+@pytest.mark.parametrize("kind", ["tar.gz", "tar.zst"])
+def test_a_tar_header_cannot_ask_for_memory(open_archive, kind):
     member = tarfile.TarInfo("pax")
     member.type, member.size = tarfile.XHDTYPE, 2**32
-    tar = gzip.compress(member.tobuf(tarfile.USTAR_FORMAT) + b"\0" * 50_000_000)
+    tar = compress(kind, member.tobuf(tarfile.USTAR_FORMAT) + b"\0" * 50_000_000)
     tracemalloc.start()
     try:
         assert code(open_archive, tar, max_bytes=2**40) == ["archive_broken"]
@@ -188,6 +199,24 @@ def test_a_tar_header_cannot_ask_for_memory(open_archive):
 def test_a_zip_table_of_contents_cannot_ask_for_memory(open_archive):
     names = [(f"{'n' * 200}{n}", b"") for n in range(8000)]
     assert code(open_archive, pack("zip", names)) == ["archive_broken"]
+
+
+def test_zstd_in_several_frames_and_pieces(open_archive):
+    tar = pack("tar", list(BOTH.items()))
+    frames = [compress("tar.zst", tar[at : at + 700]) for at in range(0, len(tar), 700)]
+    skipped = b"\x50\x2a\x4d\x18\x04\0\0\0oops"
+    assert open_archive(frames[0] + skipped + b"".join(frames[1:])) == BOTH
+
+
+def test_zstd_cannot_ask_for_memory(open_archive, tmp_path):
+    # A frame whose header says that all of its 2 GB must be remembered.
+    window = bytes([(31 - 10) << 3])
+    content = b"\x28\xb5\x2f\xfd" + b"\0" + window + b"\x01\0\0"
+    assert code(open_archive, content) == ["archive_broken"]
+    parameters = zstandard.ZstdCompressionParameters(window_log=27)
+    largest = zstandard.ZstdCompressor(compression_params=parameters)
+    (tmp_path / "into").rename(tmp_path / "first")
+    assert open_archive(largest.compress(pack("tar", list(BOTH.items())))) == BOTH
 
 
 @pytest.mark.parametrize("size", [-1, -512, -(2**40)])
@@ -223,13 +252,13 @@ samples = {kind: pack(kind, [("a/" + n, c * 50) for n, c in BOTH.items()]) for k
 @settings(
     max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-@given(st.sampled_from(KINDS), st.data())
-def test_a_damaged_archive_is_unpacked_or_refused(kind, data):
-    content = bytearray(gzip.decompress(samples[kind]) if kind == "tar.gz" else samples[kind])
+@given(st.sampled_from(KINDS), st.booleans(), st.data())
+def test_a_damaged_archive_is_unpacked_or_refused(kind, packed, data):
+    content = bytearray(samples[kind if packed or kind == "zip" else "tar"])
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     content = content[: data.draw(st.just(len(content)) | st.integers(0, len(content)))]
-    damaged = gzip.compress(content, 1) if kind == "tar.gz" else bytes(content)
+    damaged = bytes(content) if packed else compress(kind, bytes(content))
     with tempfile.TemporaryDirectory() as root:
         Path(root, "archive").write_bytes(damaged)
         into = Path(root, "into")

@@ -35,6 +35,48 @@ def test_a_tied_output_layer_counts_once(tiny_llama, tmp_path):
     assert untied.parameters - tied.parameters == 64 * 32
 
 
+def spec(*paths: str, **shapes: tuple[int, int]) -> BaseSpec:
+    """A base of these linear layers, 8 × 16 unless another shape is given by last component."""
+    linears = {path: shapes.get(path.rpartition(".")[2], (8, 16)) for path in paths}
+    return BaseSpec("x", linears, 1, 1)
+
+
+def test_fused_layers_of_a_llama(tiny_llama):
+    base = BaseSpec.read(tiny_llama, "tiny")
+    attention, mlp = "model.layers.1.self_attn", "model.layers.1.mlp"
+    assert len(base.fused) == 2 * 2
+    assert base.fused[f"{attention}.qkv_proj"] == tuple(f"{attention}.{p}_proj" for p in "qkv")
+    assert base.fused[f"{mlp}.gate_up_proj"] == (f"{mlp}.gate_proj", f"{mlp}.up_proj")
+    assert base.shapes[f"{attention}.qkv_proj"] == (32 + 16 + 16, 32)
+    assert base.shapes[f"{mlp}.gate_up_proj"] == (96, 32)
+    assert {m: base.shapes[m] for m in base.linears} == base.linears
+    assert base.shapes.keys() == base.linears.keys() | base.fused.keys()
+    order = [m.rpartition(".")[2] for m in base.shapes if m.startswith("model.layers.0.")]
+    assert order == [
+        "qkv_proj",
+        "q_proj",
+        "k_proj",
+        "v_proj",
+        "o_proj",
+        "gate_up_proj",
+        "gate_proj",
+        "up_proj",
+        "down_proj",
+    ]
+
+
+def test_layers_that_do_not_make_a_fused_one():
+    qkv = ("a.q_proj", "a.k_proj", "a.v_proj")
+    assert spec(*qkv).fused == {"a.qkv_proj": qkv}
+    assert spec(*qkv, v_proj=(4, 16)).shapes["a.qkv_proj"] == (20, 16)
+    assert spec("q_proj", "k_proj", "v_proj").fused == {"qkv_proj": ("q_proj", "k_proj", "v_proj")}
+    assert spec(*qkv, v_proj=(8, 12)).fused == {}  # not of the same input
+    assert spec("a.q_proj", "a.k_proj").fused == {}
+    assert spec("a.q_proj", "a.k_proj", "b.v_proj").fused == {}
+    assert spec("a.qkv_proj", "a.o_proj").fused == {}
+    assert spec(*qkv, "a.qkv_proj").fused == {}
+
+
 @pytest.mark.parametrize("config", [None, "{}", "nonsense", '{"model_type": "no_such"}'])
 def test_folders_without_a_model(tmp_path, config):
     if config is not None:

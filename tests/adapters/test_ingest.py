@@ -15,9 +15,12 @@ from adapters.errors import (
     RegistryError,
     ReservedName,
 )
-from adapters.ingest import Ingest
+from adapters.ingest import Ingest, Rules
 from adapters.registry import Registry
 from adapters.store import Store, digest
+
+
+RULES = Rules(max_rank=8, reserved=frozenset({"base", "tiny"}))
 
 
 @pytest.fixture
@@ -32,7 +35,7 @@ def registry(tmp_path: Path) -> Registry:
 
 @pytest.fixture
 def ingest(store, registry, base) -> Ingest:
-    return Ingest(store, registry, base, max_rank=8, reserved={"base", "tiny"})
+    return Ingest(store, registry, base, RULES)
 
 
 @pytest.fixture
@@ -84,7 +87,7 @@ def test_everything_is_there_after_a_restart(make, upload, tmp_path, registry):
     version, _ = upload(make())
     registry.close()
     store, again = Store(tmp_path / "store"), Registry(f"sqlite:///{tmp_path / 'registry.db'}")
-    assert store.sweep(again.digests()) == []
+    store.sweep()
     assert again.get("sql").versions == (version,)
     assert store.has(again.resolve("sql").digest)
 
@@ -243,7 +246,7 @@ def test_uploads_and_deletes_at_once_never_leave_a_record_without_bytes(
         thread.join()
     assert failures == []
     assert registry.digests() == set()
-    assert not store.sweep(set())
+    assert list(store.sealed()) == []
 
 
 def test_the_same_upload_from_many_threads(make, upload, tmp_path):
@@ -255,13 +258,13 @@ def test_the_same_upload_from_many_threads(make, upload, tmp_path):
         thread.join()
     assert {v.number for v, _ in results} == {1}
     assert sum(created for _, created in results) == 1
-    assert len(files(tmp_path / "store")) == 2
+    assert len(files(tmp_path / "store")) == 5  # two of the adapter, three of its form
 
 
 def test_a_real_adapter_from_peft(peft_model, tiny_llama, store, registry):
     from adapters.base import BaseSpec
 
-    ingest = Ingest(store, registry, BaseSpec.read(tiny_llama, "tiny-llama"), max_rank=8)
+    ingest = Ingest(store, registry, BaseSpec.read(tiny_llama, "tiny-llama"), Rules(8))
     with store.staging() as folder:
         peft_model(r=8, lora_alpha=16, target_modules="all-linear").save_pretrained(folder)
         version, created = ingest.ingest(folder, "real", "upload")
@@ -269,4 +272,5 @@ def test_a_real_adapter_from_peft(peft_model, tiny_llama, store, registry):
     assert sorted(os.listdir(store.path(version.digest))) == [
         "adapter_config.json",
         "adapter_model.safetensors",
+        ingest.form(version.digest).name,
     ]

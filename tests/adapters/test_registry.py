@@ -172,7 +172,7 @@ def test_deletes_name_only_digests_nobody_needs(registry):
     assert registry.digests() == {sha(1), sha(2)}
     assert registry.delete_version("a", 1) == []
     assert registry.delete_adapter("a") == [sha(2)]
-    assert registry.references(sha(1)) and not registry.references(sha(2))
+    assert registry.references_to(sha(1)) and not registry.references_to(sha(2))
     assert registry.delete_adapter("b") == [sha(1)]
 
 

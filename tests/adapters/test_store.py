@@ -174,18 +174,106 @@ def test_an_interrupted_delete_leaves_no_half_adapter(make, tmp_path, monkeypatc
         patched.setattr(shutil, "rmtree", fail)
         store.delete(name)
     assert not store.has(name)
-    assert Store(tmp_path).sweep(set()) == []
+    Store(tmp_path).sweep()
     assert everything(tmp_path) == []
 
 
-def test_sweep_keeps_what_it_is_told(make, tmp_path):
+def form_of(store: Store, name: str, made, key: str = "engine-test") -> Path:
+    with store.staging() as folder:
+        (folder / key).mkdir()
+        made.write(folder / key)
+        return store.seal_form(folder / key, name, key)
+
+
+def test_sweep_removes_what_is_half_done_and_nothing_else(make, tmp_path):
     store = Store(tmp_path)
-    kept, orphan = seal(store, make()), seal(store, make(seed=1))
+    kept = seal(store, make())
     for left in ("incoming/half", "trash/half", "sealed/zz/not-a-digest"):
         make(seed=2).write(tmp_path / left)
     (tmp_path / "incoming" / "file").write_text("x")
-    assert set(store.sweep({kept})) == {orphan, "sha256:not-a-digest"}
-    assert store.has(kept) and len(everything(tmp_path)) == 2
+    store.sweep()
+    assert list(store.sealed()) == [kept]
+    assert not os.listdir(tmp_path / "incoming") and not os.listdir(tmp_path / "trash")
+
+
+def test_forms_are_sealed_with_their_adapter_or_later(make, tmp_path):
+    store = Store(tmp_path)
+    with store.staging() as folder:
+        make().write(folder)
+        name = digest(folder)
+        make(dtype="BF16").write(folder / "engine-a")
+        (folder / "engine-a" / "digest").unlink(missing_ok=True)
+        store.seal(folder, name)
+    assert store.has_form(name, "engine-a") and not store.has_form(name, "engine-b")
+    form_of(store, name, make(dtype="F16"), "engine-b")
+    assert store.has_form(name, "engine-b")
+    assert digest(store.path(name)) == name
+    assert store.damaged_forms(name) == [] and store.damage(name, full=True) is None
+    store.delete(name)
+    assert everything(tmp_path) == []
+
+
+def overwrite(path: Path, data: bytes) -> None:
+    path.chmod(0o644)
+    path.write_bytes(data)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    overwrite(path, bytes(data))
+
+
+@pytest.mark.parametrize(
+    ("harm", "said"),
+    [
+        (lambda place: flip(place / "adapter_model.safetensors"), "not what was sealed"),
+        (lambda place: overwrite(place / "adapter_config.json", b"{}"), "not what was sealed"),
+        (lambda place: overwrite(place / "adapter_model.safetensors", b""), "not what was sealed"),
+        (lambda place: (place / "adapter_config.json").unlink(), "adapter_config.json is gone"),
+        (lambda place: shutil.rmtree(place), "folder is gone"),
+        (lambda place: os.truncate(place / "adapter_model.safetensors", 99), "not what was"),
+    ],
+)
+def test_damage_is_found_and_the_same_bytes_mend_it(make, tmp_path, harm, said):
+    store = Store(tmp_path)
+    name = seal(store, make())
+    assert store.damage(name) is None
+    harm(store.path(name))
+    assert said in store.damage(name)
+    assert seal(store, make()) == name
+    assert store.damage(name) is None and store.damage(name, full=True) is None
+    assert not os.listdir(tmp_path / "trash")
+
+
+def test_what_keeps_its_time_is_found_by_a_full_check(make, tmp_path):
+    store = Store(tmp_path)
+    weights = store.path(seal(store, make())) / "adapter_model.safetensors"
+    before = weights.stat().st_mtime_ns
+    flip(weights)
+    os.utime(weights, ns=(before, before))
+    (name,) = store.sealed()
+    assert store.damage(name) is None
+    assert "not what was sealed" in store.damage(name, full=True)
+
+
+def test_a_copy_from_a_backup_is_read_once(make, tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    name = seal(store, make())
+    os.utime(store.path(name) / "adapter_config.json")
+    assert store.damage(name) is None
+    monkeypatch.setattr("adapters.store.digest", None)
+    assert store.damage(name) is None
+
+
+def test_a_damaged_form_is_removed(make, tmp_path):
+    store = Store(tmp_path)
+    name = seal(store, make())
+    form = form_of(store, name, make(dtype="BF16"))
+    flip(form / "adapter_model.safetensors")
+    assert not store.has_form(name, "engine-test")
+    assert store.damaged_forms(name) == ["engine-test"]
+    assert not form.exists() and store.damage(name, full=True) is None
 
 
 def test_a_full_disk_is_said_to_be_full(make, tmp_path, monkeypatch):

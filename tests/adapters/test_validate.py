@@ -203,6 +203,117 @@ def test_layers_to_transform(make, report):
     assert codes(report(make(layers_to_transform=1))) == ["tensor_outside_targets"]
 
 
+# Adapters of a model with fused layers ------------------------------------------------------
+
+APART = {
+    "self_attn.q_proj": (16, 16),
+    "self_attn.k_proj": (8, 16),
+    "self_attn.v_proj": (8, 16),
+    "self_attn.o_proj": (16, 16),
+    "mlp.gate_proj": (24, 16),
+    "mlp.up_proj": (24, 16),
+    "mlp.down_proj": (16, 24),
+}
+FUSED = {
+    "self_attn.qkv_proj": (32, 16),
+    "self_attn.o_proj": (16, 16),
+    "mlp.gate_up_proj": (48, 16),
+    "mlp.down_proj": (16, 24),
+}
+
+
+def layers(shapes, *numbers, only=""):
+    return {f"model.layers.{n}.{m}": s for n in numbers for m, s in shapes.items() if only in m}
+
+
+@pytest.fixture
+def against(tmp_path):
+    def check(made, shapes):
+        linears = {**layers(shapes, 0, 1, 2), "lm_head": (64, 16)}
+        return validate.check(peft.read(made.write(tmp_path)), BaseSpec("tiny", linears, 1, 1), 8)
+
+    return check
+
+
+GOOD = validate.Report((), ())
+
+
+@pytest.mark.parametrize("shapes", [APART, FUSED], ids=["apart", "fused"])
+@pytest.mark.parametrize(
+    "targets", ["all-linear", ["qkv_proj", "gate_up_proj", "o_proj", "down_proj"], r".*layers.*"]
+)
+def test_fused_layers_are_accepted(make, against, shapes, targets):
+    made = make(modules=layers(FUSED, 0, 1, 2), target_modules=targets)
+    assert against(made, shapes) == GOOD
+
+
+@pytest.mark.parametrize("targets", ["all-linear", "list", r".*_proj"])
+def test_a_base_with_layers_apart_expects_no_fused_ones(make, against, targets):
+    names = [m.rpartition(".")[2] for m in APART] if targets == "list" else targets
+    made = make(modules=layers(APART, 0, 1, 2), target_modules=names)
+    assert against(made, APART) == GOOD
+
+
+def test_one_kind_of_fused_layer(make, against):
+    only = layers(FUSED, 0, 1, 2, only="qkv")
+    assert against(make(modules=only, target_modules=["qkv_proj"]), APART) == GOOD
+    assert against(make(modules=only, target_modules=r".*\.qkv_proj"), APART) == GOOD
+    some = layers(FUSED, 1, only="qkv")
+    made = make(modules=some, target_modules=["qkv_proj"], layers_to_transform=[1])
+    assert against(made, APART) == GOOD
+    # A list for any model names both forms.
+    both = make(modules=only, target_modules=["q_proj", "k_proj", "v_proj", "qkv_proj"])
+    assert against(both, APART) == GOOD
+
+
+def test_fused_layers_that_are_missing(make, against):
+    made = make(modules=layers(FUSED, 0, 2, only="qkv"), target_modules=["qkv_proj"])
+    (warning,) = against(made, APART).warnings
+    assert warning.code == "target_partly_without_tensors"
+    assert warning.where == "model.layers.1.self_attn.qkv_proj"
+    made = make(
+        modules=layers(FUSED, 0, 1, 2, only="qkv"), target_modules=["qkv_proj", "gate_up_proj"]
+    )
+    assert codes(against(made, APART)) == ["target_not_in_base"]
+    assert codes(against(made, FUSED)) == ["target_without_tensors"]
+
+
+def test_fused_layers_outside_the_targets(make, against):
+    made = make(modules=layers(FUSED, 0, 1, 2, only="qkv"), target_modules=["q_proj"])
+    assert codes(against(made, APART)) == ["tensor_outside_targets"]
+    made = make(
+        modules=layers(FUSED, 0, 1, 2, only="qkv"),
+        target_modules=["qkv_proj"],
+        exclude_modules=["model.layers.1.self_attn.qkv_proj"],
+    )
+    found = against(made, APART)
+    assert codes(found) == ["tensor_outside_targets"]
+    assert found.problems[0].where == "model.layers.1.self_attn.qkv_proj"
+
+
+def test_fused_layers_of_another_size(make, against):
+    made = make(modules=layers({"self_attn.qkv_proj": (48, 16)}, 0), target_modules=["qkv_proj"])
+    (problem,) = against(made, APART).problems
+    assert problem.code == "shape_mismatch"
+    assert "the base gives 32" in problem.message
+
+
+def test_fused_layers_beside_their_parts(make, against):
+    modules = layers(FUSED, 0, only="qkv") | layers(APART, 0, only="k_proj")
+    found = against(make(modules=modules, target_modules=["qkv_proj", "k_proj"]), APART)
+    assert codes(found) == ["fused_and_apart"]
+    assert found.problems[0].where == "model.layers.0.self_attn.qkv_proj"
+    # In different layers it is odd, and clear what is meant.
+    modules = layers(FUSED, 0, only="qkv") | layers(APART, 1, only="k_proj")
+    found = against(make(modules=modules, target_modules=["qkv_proj", "k_proj"]), APART)
+    assert codes(found) == []
+
+
+def test_parts_are_not_looked_for_in_a_fused_base(make, against):
+    made = make(modules=layers(APART, 0, 1, 2, only="attn"), target_modules=["q_proj"])
+    assert "module_not_in_base" in codes(against(made, FUSED))
+
+
 def test_nothing_in_it(make, report):
     made = make()
     made.tensors = {}

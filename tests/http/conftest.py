@@ -13,7 +13,6 @@ import uvicorn
 
 from server import app
 from server.config import Settings
-from server.engine import launch
 from server.routes import Serving
 from tests import fake_engine
 from tests.conftest import MakeAdapter
@@ -28,6 +27,7 @@ class Running:
     url: str
     serving: Serving
     engine: Any
+    said: list[str]
 
     @property
     def core(self) -> fake_engine.FakeCore:
@@ -42,18 +42,17 @@ def settings(home: Path, *more: str) -> Settings:
 def serve(chosen: Settings, base_folder: Path) -> Iterator[Running]:
     """Runs a server in a thread until the generator is closed."""
     serving = app.build(chosen, base_folder)
-    args = launch.parse(chosen, base_folder, ["q_proj", "k_proj"])
-    ready, engines, errors = threading.Event(), [], []
+    ready, engines, errors, said = threading.Event(), [], [], []
 
     def start() -> Any:
-        engines.append(fake_engine.start(args))
+        engines.append(fake_engine.start(serving.args))
         return engines[0]
 
     def done(error: Exception | None) -> None:
         errors.append(error)
         ready.set()
 
-    http = app.create_app(serving, args, start, done)
+    http = app.create_app(serving, start, done, said.append)
     with socket.create_server(("127.0.0.1", 0)) as listener:
         server = uvicorn.Server(
             uvicorn.Config(http, log_level="error", timeout_graceful_shutdown=1)
@@ -64,7 +63,7 @@ def serve(chosen: Settings, base_folder: Path) -> Iterator[Running]:
             assert ready.wait(60)
             assert errors == [None], errors
             port = listener.getsockname()[1]
-            yield Running(f"http://127.0.0.1:{port}", serving, engines[0])
+            yield Running(f"http://127.0.0.1:{port}", serving, engines[0], said)
         finally:
             server.should_exit = True
             thread.join()
@@ -105,6 +104,13 @@ def upload(client: httpx.Client, name: str, folder: Path, **fields: str) -> http
         if file.suffix in (".json", ".safetensors")
     ]
     return client.post("/v1/adapters", data={"name": name, **fields}, files=files)
+
+
+def cool(client: httpx.Client) -> None:
+    """Fills the host cache with others than the adapter that was uploaded last."""
+    for name in ("one", "two", "three"):
+        asked = {"model": name, "prompt": "Hi", "max_tokens": 1}
+        assert client.post("/v1/completions", json=asked).status_code == 200
 
 
 @pytest.fixture(scope="session")

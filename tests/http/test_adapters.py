@@ -229,18 +229,18 @@ def test_names_that_cannot_be(
 @pytest.mark.parametrize(
     ("sent", "status", "code"),
     [
-        ({"json": {"name": "x"}}, 400, "bad_upload"),
-        ({"data": {"name": "x"}, "files": {"other": b"1"}}, 400, "bad_upload"),
-        ({"data": {"name": "x", "metadata": "["}, "files": {"files": b"1"}}, 400, "bad_upload"),
-        ({"data": {"name": "x", "metadata": "[]"}, "files": {"files": b"1"}}, 400, "bad_upload"),
-        ({"files": {"files": b"1"}}, 400, "bad_upload"),
-        ({"data": {"name": "x"}, "files": {"archive": b"1", "files": b"2"}}, 400, "bad_upload"),
+        ({"json": {"name": "x"}}, 400, "bad_request"),
+        ({"data": {"name": "x"}, "files": {"other": b"1"}}, 400, "bad_request"),
+        ({"data": {"name": "x", "metadata": "["}, "files": {"files": b"1"}}, 400, "bad_request"),
+        ({"data": {"name": "x", "metadata": "[]"}, "files": {"files": b"1"}}, 400, "bad_request"),
+        ({"files": {"files": b"1"}}, 400, "bad_request"),
+        ({"data": {"name": "x"}, "files": {"archive": b"1", "files": b"2"}}, 400, "bad_request"),
         ({"data": {"name": "x"}, "files": {"archive": ("a.zip", b"PK??")}}, 422, None),
         ({"data": {"name": "x"}, "files": {"archive": ("a.tar", bytes(31 * 10**6))}}, 413, None),
         (
             {"content": b"--b\r\nbroken", "headers": {"content-type": "multipart/form-data"}},
             400,
-            "bad_upload",
+            "bad_request",
         ),
         (
             {
@@ -248,7 +248,7 @@ def test_names_that_cannot_be(
                 "headers": {"content-type": "multipart/form-data; boundary=b"},
             },
             400,
-            "bad_upload",
+            "bad_request",
         ),
     ],
 )

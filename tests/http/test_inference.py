@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import MakeAdapter
 from tests.fake_engine import speaker
-from tests.http.conftest import HOST, Running, upload
+from tests.http.conftest import HOST, Running, cool, upload
 
 CHAT = "/v1/chat/completions"
 BASE = "smollm2-135m-instruct"
@@ -169,9 +169,11 @@ def test_more_adapters_at_once_than_the_host_cache_holds(
 
 
 def test_a_cold_adapter_is_loaded_once_for_all_who_wait(
-    running: Running, http: httpx.Client, make_adapter: MakeAdapter
+    running: Running, http: httpx.Client, four: dict[str, str], make_adapter: MakeAdapter
 ) -> None:
     digest = upload(http, "cold", make_adapter(50)).json()["digest"]
+    cool(http)
+    running.core.loads.clear()
 
     async def slow(_: Any) -> None:
         await asyncio.sleep(0.3)
@@ -189,9 +191,14 @@ def test_a_cold_adapter_is_loaded_once_for_all_who_wait(
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_load_that_fails_is_an_error_of_its_request_alone(
-    running: Running, http: httpx.Client, make_adapter: MakeAdapter, stream: bool
+    running: Running,
+    http: httpx.Client,
+    four: dict[str, str],
+    make_adapter: MakeAdapter,
+    stream: bool,
 ) -> None:
     upload(http, "broken", make_adapter(51 + stream))
+    cool(http)
 
     async def fail(_: Any) -> None:
         raise OSError("the disk is gone")

@@ -8,6 +8,14 @@ from pathlib import Path
 
 import pytest
 
+from adapters.base import BaseSpec
+from adapters.demo import WEIGHTS
+from adapters.ingest import Ingest, Rules
+from adapters.registry import Registry
+from adapters.sources import directory
+from adapters.sources.intake import Transfer
+from adapters.store import Store
+
 
 def serve(*flags: str, home: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = Path(sys.executable).with_name("loraplex")
@@ -78,3 +86,34 @@ def test_help_lists_every_setting(home: Path) -> None:
     assert done.returncode == 0
     for flag in ("--max-loras", "--model", "--home", "--port", "--max-lora-rank"):
         assert flag in done.stdout
+
+
+def verify(home: Path) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "server.cli", "adapters", "verify", "--home", str(home)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_verify_reads_every_byte(tmp_path: Path, base_folder: Path) -> None:
+    assert "no state folder" in complaint(verify(tmp_path))
+    store = Store(tmp_path / "store")
+    registry = Registry(f"sqlite:///{tmp_path / 'registry.db'}")
+    ingest = Ingest(store, registry, BaseSpec.read(base_folder, "tiny"), Rules(64))
+    for name in ("sql", "code"):
+        with store.staging() as folder:
+            directory.copy(WEIGHTS / name, folder, Transfer(10**8))
+            ingest.ingest(folder, name, "demo")
+    done = verify(tmp_path)
+    assert (done.returncode, "2 of 2 are as they were sealed" in done.stderr) == (0, True)
+
+    weights = store.path(registry.resolve("sql").digest) / "adapter_model.safetensors"
+    before = weights.stat().st_mtime_ns
+    data = bytearray(weights.read_bytes())
+    data[len(data) // 2] ^= 1
+    weights.chmod(0o644)
+    weights.write_bytes(data)
+    os.utime(weights, ns=(before, before))
+    assert "sql@1: Its files are not what was sealed." in complaint(verify(tmp_path))
+    data[len(data) // 2] ^= 1
+    weights.write_bytes(data)
+    done = verify(tmp_path)
+    assert done.returncode == 0 and "served again: sql@1" in done.stderr
