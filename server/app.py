@@ -99,8 +99,9 @@ async def _run(
     serving: Serving, start: Start, done: Callable[[Exception | None], None], say: Say
 ) -> None:
     try:
-        await _start_engine(serving, start)
+        handlers = await _start_engine(serving, start)
         await _offer_demos(serving)
+        serving.handlers = handlers  # from here on the server is ready
     except Exception as error:
         serving.proving.give_up()
         done(error)
@@ -109,7 +110,8 @@ async def _run(
     await asyncio.gather(_audit(serving, say), _watch(serving, say))
 
 
-async def _start_engine(serving: Serving, start: Start) -> None:
+async def _start_engine(serving: Serving, start: Start) -> Handlers:
+    """Starts it, so that adapters can be proven; returns what requests will be answered by."""
     engine = await asyncio.to_thread(start)
     serving.remarks = await launch.verify(engine)
     gateway = Gateway(
@@ -119,9 +121,10 @@ async def _start_engine(serving: Serving, start: Start) -> None:
         (serving.settings.base_name, "base"),
         serving.settings.host_capacity,
     )
-    serving.handlers = await Handlers.build(gateway, serving.args)
+    handlers = await Handlers.build(gateway, serving.args)
     serving.gateway = gateway
     serving.proving.begin(gateway)
+    return handlers
 
 
 async def _offer_demos(serving: Serving) -> None:
