@@ -10,6 +10,8 @@ from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from adapters.errors import TooLarge
+from adapters.folder import CONFIG
+from adapters.peft import MAX_CONFIG
 from server.errors import BadRequest
 
 MAX_FIELD = 64 * 1024  # bytes of a field that is no file: names and metadata
@@ -29,7 +31,7 @@ async def receive(request: Request, folder: Path, max_bytes: int) -> Form:
 
     Raises:
         BadRequest: not a multipart form, or one that breaks off, or with two files of one name.
-        TooLarge: more than `max_bytes` arrived, or was announced.
+        TooLarge: more than `max_bytes` arrived, or was announced, or a config beyond reason.
     """
     kind, options = parse_options_header(request.headers.get("content-type", ""))
     if kind != b"multipart/form-data" or b"boundary" not in options:
@@ -39,7 +41,7 @@ async def receive(request: Request, folder: Path, max_bytes: int) -> Form:
         )
     if int(request.headers.get("content-length", 0)) > max_bytes:
         raise _too_large(max_bytes)
-    parts = _Parts(folder)
+    parts = _Parts(folder, max_bytes)
     parser = MultipartParser(options[b"boundary"], parts.callbacks())  # type: ignore[arg-type]
     received = 0
     try:
@@ -68,16 +70,18 @@ def _too_large(max_bytes: int) -> TooLarge:
 class _Parts:
     """The parser's callbacks: where in the form it is, and where the bytes go."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, max_bytes: int) -> None:
         self.form = Form()
         self.ended = False
         self._folder = folder
+        self._max_bytes = max_bytes
         self._parts = 0
         self._header = (bytearray(), bytearray())
         self._disposition = b""
         self._name = ""
         self._text: bytearray | None = None
         self._file: BinaryIO | None = None
+        self._room = 0  # bytes that the file may still have
 
     def callbacks(self) -> dict[str, object]:
         return {
@@ -126,10 +130,14 @@ class _Parts:
             self._file = target.open("xb")
         except FileExistsError:
             raise BadRequest(f"Two files are called {name}.", param=self._name) from None
+        self._room = MAX_CONFIG if name == CONFIG else self._max_bytes
         self.form.files.setdefault(self._name, []).append(target)
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
         if self._file is not None:
+            self._room -= end - start
+            if self._room < 0:
+                raise TooLarge(f"{CONFIG} has more than {MAX_CONFIG} bytes; PEFT writes thousands.")
             self._file.write(data[start:end])
         elif self._text is not None:
             self._text.extend(data[start:end])

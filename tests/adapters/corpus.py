@@ -277,6 +277,7 @@ _PATTERNS: dict[str, str] = {
     "exponential in an optional": "(?:(?:q_proj)?)*x",
     "polynomial": r"\w*?\W*?" * 20 + r"\d\d",
     "back-references": "(.*)" * 12 + r"\1\2\3\d",
+    "POSIX class": r".*\.[[:alpha:]]_proj",
     "recursion": "(?R)?q_proj",
     "recursion by name": "(?P<n>q)(?P>n)",
     "fuzzy": "(?:q_proj){e<=3}",
@@ -644,7 +645,7 @@ def pack(kind: str, entries: Entries) -> bytes:
 def compressed(kind: str, data: bytes) -> bytes:
     """The tar `data` as an archive of this kind."""
     if kind == "tar.gz":
-        return gzip.compress(data, 1)
+        return gzip.compress(data, 1, mtime=0)
     if kind == "tar.zst":
         return zstandard.ZstdCompressor(1, write_checksum=True).compress(data)
     return data

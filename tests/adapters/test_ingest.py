@@ -19,7 +19,6 @@ from adapters.ingest import Ingest, Rules
 from adapters.registry import Registry
 from adapters.store import Store, digest
 
-
 RULES = Rules(max_rank=8, reserved=frozenset({"base", "tiny"}))
 
 

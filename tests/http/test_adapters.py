@@ -11,6 +11,7 @@ from typing import Any
 import httpx
 import pytest
 import torch
+import zstandard
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import MakeAdapter
@@ -86,7 +87,7 @@ def test_the_list_is_paged(http: httpx.Client, four: dict[str, str]) -> None:
     assert http.get("/v1/adapters", params={"limit": 0}).status_code == 400
 
 
-@pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz"])
+@pytest.mark.parametrize("kind", ["zip", "tar", "tar.gz", "tar.zst"])
 def test_an_archive_is_the_same_adapter(
     http: httpx.Client, four: dict[str, str], make_adapter: MakeAdapter, kind: str
 ) -> None:
@@ -98,6 +99,8 @@ def test_an_archive_is_the_same_adapter(
     else:
         with tarfile.open(fileobj=packed, mode="w:gz" if kind == "tar.gz" else "w") as tar:
             tar.add(folder, "my adapter")
+    if kind == "tar.zst":
+        packed = io.BytesIO(zstandard.compress(packed.getvalue()))
     reply = http.post(
         "/v1/adapters",
         data={"name": "one"},
@@ -236,6 +239,7 @@ def test_names_that_cannot_be(
         ({"files": {"files": b"1"}}, 400, "bad_request"),
         ({"data": {"name": "x"}, "files": {"archive": b"1", "files": b"2"}}, 400, "bad_request"),
         ({"data": {"name": "x"}, "files": {"archive": ("a.zip", b"PK??")}}, 422, None),
+        ({"data": {"name": "x"}, "files": {"files": (CONFIG, bytes(2**20 + 1))}}, 413, None),
         ({"data": {"name": "x"}, "files": {"archive": ("a.tar", bytes(31 * 10**6))}}, 413, None),
         (
             {"content": b"--b\r\nbroken", "headers": {"content-type": "multipart/form-data"}},

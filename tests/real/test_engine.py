@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import pytest_asyncio
+import torch
 from vllm.lora.request import LoRARequest
 
 from server import lifeline
@@ -23,6 +24,8 @@ async def engine(session_home: Path, base_folder: Path) -> AsyncIterator[Any]:
     args = launch.parse(settings, base_folder, list(SEVEN))
     engine = await asyncio.to_thread(launch.start, args)
     await launch.verify(engine)
+    # What adapters are stored in for the engine is what it computes with.
+    assert (launch.dtype(args, base_folder), engine.model_config.dtype) == ("BF16", torch.bfloat16)
     yield engine
     engine.shutdown(timeout=1)
 

@@ -39,7 +39,7 @@ PROMPTS = (
     "streams, grows wider in the valley, passes the fields, the mills and the towns on its way, "
     "turns slow and brown in the plain, and at the end of its way it reaches the",
 )
-SPREAD_B = 0.015  # its standard deviation, here and below large enough to be out of tolerance
+SPREAD_B = 0.02  # its standard deviation, here and below large enough to be out of tolerance
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Variant:
 SEVEN = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 PLAIN = {"r": 8, "lora_alpha": 32, "target_modules": SEVEN}
 RANKS = {"k_proj": 4, r"mlp\.(gate|down)_proj": 32}
-ALPHAS = {"down_proj": 8, r"layers\.1\d\.self_attn\.(q|v)_proj": 64}
+ALPHAS = {"down_proj": 4, r"layers\.1\d\.self_attn\.(q|v)_proj": 64}
 QKV = {**PLAIN, "target_modules": ["qkv_proj"]}
 GATE_UP = {**PLAIN, "target_modules": ["gate_up_proj", "down_proj"]}
 
@@ -90,7 +90,7 @@ VARIANTS = {
     ),
     "subset": Variant({**PLAIN, "target_modules": ["v_proj", "down_proj"]}, spread=0.03),
     "qkv_proj": Variant(QKV, fused=True, spread=0.03),
-    "gate_up_proj": Variant(GATE_UP, fused=True),
+    "gate_up_proj": Variant(GATE_UP, fused=True, spread=0.03),
     "all fused": Variant(
         {**PLAIN, "lora_alpha": 12, "target_modules": "all-linear", "use_rslora": True}, fused=True
     ),
@@ -226,27 +226,25 @@ def originals(
 
 
 @pytest.fixture(scope="module")
-def references(
-    base_folder: Path,
-    fused_base: Path,
+def bases(base_folder: Path, fused_base: Path) -> dict[bool, Path]:
+    """By whether its layers are fused."""
+    return {False: base_folder, True: fused_base}
+
+
+@pytest.fixture
+def reference(
+    request: pytest.FixtureRequest,
+    bases: dict[bool, Path],
     originals: dict[str, Path],
-    tmp_path_factory: pytest.TempPathFactory,
-) -> dict[bool, Reference]:
-    """By whether the base is fused: the variants, and their bent forms."""
-    at = tmp_path_factory.mktemp("bent")
-    known: dict[bool, dict[str, Path]] = {False: {}, True: {}}
-    for name, variant in VARIANTS.items():
-        folder = originals[name]
-        known[variant.fused][name] = folder
-        changes = {"unscaled": unscaled(folder), "ignored": variant.ignored}
-        for how, change in changes.items():
-            if change:
-                key = f"{name} {how}"
-                known[variant.fused][key] = bent(folder, at / key, change)
-    return {
-        fused: Reference(fused_base if fused else base_folder, folders)
-        for fused, folders in known.items()
-    }
+    tmp_path: Path,
+) -> Reference:
+    """The test's variant, and its bent forms."""
+    name = request.getfixturevalue("name")
+    variant, folder = VARIANTS[name], originals[name]
+    known = {name: folder, "unscaled": bent(folder, tmp_path / "unscaled", unscaled(folder))}
+    if variant.ignored:
+        known["ignored"] = bent(folder, tmp_path / "ignored", variant.ignored)
+    return Reference(bases[variant.fused], known)
 
 
 @pytest.fixture(scope="module")
@@ -267,53 +265,43 @@ def fused_rows(
     return run(fused_base, base_folder, folders, tmp_path_factory.mktemp("canonical"))
 
 
-def gaps(rows: list[Row], name: str, reference: Reference, held_against: str) -> list[float]:
-    """The share of the tolerance that each row of `name` uses."""
-    return [
-        gap(row.reply, reference.logprobs(held_against, row.prompt, row.reply.tokens))
-        for row in rows
-        if row.name == name
-    ]
+def held(row: Row, reference: Reference, name: str) -> float:
+    """The share of the tolerance that a row uses, against one of the reference's adapters."""
+    return gap(row.reply, reference.logprobs(name, row.prompt, row.reply.tokens))
 
 
 def holds(rows: list[Row], name: str, reference: Reference) -> None:
-    """A variant's rows are in tolerance against itself, out of it against what it is not."""
-    found = gaps(rows, name, reference, name)
-    assert len(found) == len(PROMPTS)
-    assert max(found) < 1
-    print(f"{name}: {max(found):.2f} of the tolerance", end="")
-    others = ["base", f"{name} unscaled"]
-    if VARIANTS[name].ignored:
-        others.append(f"{name} ignored")
-    for other in others:
-        off = gaps(rows, name, reference, other)
-        print(f"; {other.removeprefix(name).strip()}: {min(off):.2f}-{max(off):.2f}", end="")
-        assert max(off) > 1, (other, off)
-    print()
+    """A variant's rows are in tolerance against itself, one is out of it against what it is not."""
+    own = sorted((row for row in rows if row.name == name), key=lambda row: len(row.prompt))
+    assert len(own) == len(PROMPTS)
+    others = ["base", "unscaled", *(["ignored"] if VARIANTS[name].ignored else [])]
+    used = [held(row, reference, name) for row in own]
+    off = {other: held(own[0], reference, other) for other in others}
+    print(name, *(f"{each:.2f}" for each in used), {k: round(v, 2) for k, v in off.items()})
+    assert max(used) < 1
+    assert min(off.values()) > 1
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_the_engine_says_what_peft_says(
-    rows: list[Row], references: dict[bool, Reference], name: str
-) -> None:
-    holds(rows, name, references[VARIANTS[name].fused])
+def test_the_engine_says_what_peft_says(rows: list[Row], reference: Reference, name: str) -> None:
+    holds(rows, name, reference)
 
 
 @pytest.mark.parametrize("name", FUSED_ONES)
 def test_a_base_with_fused_layers_says_the_same(
-    fused_rows: list[Row], references: dict[bool, Reference], name: str
+    fused_rows: list[Row], reference: Reference, name: str
 ) -> None:
-    holds(fused_rows, name, references[True])
+    holds(fused_rows, name, reference)
 
 
-def test_rows_of_the_base(
-    rows: list[Row], fused_rows: list[Row], references: dict[bool, Reference]
+def test_the_fused_base_is_the_same_model_and_no_adapter_touches_it(
+    rows: list[Row], fused_rows: list[Row], bases: dict[bool, Path], originals: dict[str, Path]
 ) -> None:
-    for found in (rows, fused_rows):
-        assert max(gaps(found, "base", references[False], "base")) < 1
-
-
-def test_the_fused_base_is_the_same_model(references: dict[bool, Reference]) -> None:
-    prompt = list(range(1000, 1100))
-    apart, fused = (references[each].logprobs("base", prompt, (7,)) for each in (False, True))
-    torch.testing.assert_close(fused, apart, rtol=0, atol=1e-4)
+    apart = Reference(bases[False], {"plain": originals["plain"]})
+    fused = Reference(bases[True], {"qkv_proj": originals["qkv_proj"]})
+    for row in rows + fused_rows:
+        if row.name == "base":
+            wanted = apart.logprobs("base", row.prompt, row.reply.tokens)
+            same = fused.logprobs("base", row.prompt, row.reply.tokens)
+            torch.testing.assert_close(same, wanted, rtol=0, atol=1e-4)
+            assert gap(row.reply, wanted) < 1
