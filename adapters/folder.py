@@ -84,7 +84,8 @@ def open_regular(folder: Path, name: str) -> BinaryIO:
     try:
         handle = os.open(folder / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     except FileNotFoundError as error:
-        raise InvalidAdapter(absent(set(FILES) - {name})) from error
+        lacking = WEIGHTS if name == PICKLE else name
+        raise InvalidAdapter(absent(set(FILES) - {lacking})) from error
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.ENXIO):
             raise _not_regular(name) from error

@@ -8,14 +8,18 @@ from typing import Any
 
 # Reading, comparing and writing values recurses; what passes here can be handled anywhere.
 _MAX_DEPTH = 32
+# Parsing keeps every other thread waiting. A weights file of 120,000 tensors has a million.
+_MAX_ITEMS = 1_500_000
 
 
 def parse(data: bytes) -> dict[str, Any]:
     """The JSON object in `data` (UTF-8); raises ValueError for anything else.
 
-    Refused besides what is not JSON: duplicate keys, NaN and infinities, deep nesting, and
-    strings with lone surrogates or NUL, which databases and replies cannot carry.
+    Refused besides what is not JSON: duplicate keys, NaN and infinities, deep nesting, millions
+    of values, and strings with lone surrogates or NUL, which databases and replies cannot carry.
     """
+    if sum(map(data.count, (b"[", b"{", b","))) > _MAX_ITEMS:
+        raise ValueError(f"it has more than {_MAX_ITEMS} parts")
     try:
         value = json.loads(
             data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant

@@ -29,6 +29,7 @@ _UNSAFE = re.compile(
     r"\)\s*[*+{]"  # a repeated group
     r"|\(\?(?!:|=|!|<=|<!|P<)"  # flags, conditions, recursion
     r"|\{(?!\d{1,2}(,(\d{1,2})?)?\})"  # a brace that is no small count
+    r"|\[:|&&|\|\||--|~~"  # classes and sets that `re` and `regex` read differently
 )
 
 V = TypeVar("V")

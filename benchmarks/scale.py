@@ -145,7 +145,7 @@ def main(
     rounds: Annotated[
         int, typer.Option(min=1, max=PAGE - 1, help="Rounds, but for whole starts.")
     ] = 5,
-    starts: Annotated[int, typer.Option(min=1, help="Rounds of whole starts.")] = 3,
+    starts: Annotated[int, typer.Option(min=1, help="Rounds of whole starts and verify.")] = 3,
     out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
 ) -> None:
     """Fill the folders that are not there, measure, write raw data and the table."""
@@ -265,7 +265,7 @@ def _measure(
     """(round, count, figures), as they are measured."""
     turns = list(_turns(folders, rounds))
     for round_, count in track(turns, "parts of the server", console=console):
-        yield round_, count, _fresh(probe, folders[count] / "home", base) | _verify(folders[count])
+        yield round_, count, _fresh(probe, folders[count] / "home", base)
     with ExitStack() as running:
         servers = {count: Server(folder, base) for count, folder in folders.items()}
         for server in servers.values():
@@ -274,7 +274,8 @@ def _measure(
         servers[turns[0][1]].start()  # what is read from disk is in memory from here on
         servers[turns[0][1]].stop()
         for round_, count in track(turns, "whole starts", console=console):
-            yield round_, count, start(servers[count], count, round_)
+            figures = verify(folders[count]) | start(servers[count], count, round_)
+            yield round_, count, figures
             servers[count].stop() if round_ < starts - 1 else servers[count].pause()
         turns = list(_turns(folders, rounds, WARM_UP))
         for round_, count in track(turns, "over HTTP", console=console):
@@ -331,7 +332,8 @@ def _open(home: Path) -> None:
     Registry(f"sqlite:///{home / 'registry.db'}").close()
 
 
-def _verify(folder: Path) -> Figures:
+def verify(folder: Path) -> Figures:
+    """Of the command that reads every byte of a folder's adapters again."""
     command = [str(Path(sys.executable).with_name("loraplex")), "adapters", "verify"]
     began = time.perf_counter()
     done = subprocess.run(

@@ -249,6 +249,9 @@ def _untar(file: IO[bytes], contents: _Contents, max_bytes: int) -> None:
             if member.size < 0:
                 raise ValueError(f"{member.name!a} has a negative size")
             contents.file(path, _untarred(source, member))
+    # A compressed stream's checksum comes at its very end, behind the tar's.
+    for _ in source.blocks(max_bytes):
+        pass
 
 
 def _untarred(source: _TarFile, member: tarfile.TarInfo) -> Iterator[bytes]:

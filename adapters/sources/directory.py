@@ -26,7 +26,7 @@ def copy(folder: Path, into: Path, transfer: Transfer, allow_pickle: bool = Fals
         intake = Intake(into, transfer)
         for name in wanted(names, allow_pickle):
             with open_regular(opened, name) as file:
-                intake.write(name, _blocks(file))
+                intake.write(name, _blocks(file, name))
 
 
 @contextmanager
@@ -47,6 +47,7 @@ def _opened(folder: Path) -> Iterator[Path]:
         os.close(handle)
 
 
-def _blocks(file: BinaryIO) -> Iterator[bytes]:
-    while block := file.read(BLOCK):
-        yield block
+def _blocks(file: BinaryIO, name: str) -> Iterator[bytes]:
+    with disk(f"read {name}"):
+        while block := file.read(BLOCK):
+            yield block

@@ -61,13 +61,17 @@ class Intake:
         """Makes the file `name` of `blocks`; raises TooLarge, and StoreError if it exists."""
         limit = MAX_CONFIG if name == CONFIG else None
         size = 0
-        with disk(f"write {name}"), (self._into / name).open("xb") as file:
+        with disk(f"write {name}"):
+            file = (self._into / name).open("xb", buffering=0)
+        with file:
+            # Only writing is the disk's fault: where blocks come from has failures of its own.
             for block in blocks:
                 self._transfer.advance(len(block))
                 size += len(block)
                 if limit is not None and size > limit:
                     raise TooLarge(f"{name} has more than {limit} bytes. {_CONFIG_FIX}")
-                file.write(block)
+                with disk(f"write {name}"):
+                    file.write(block)
 
 
 _CONFIG_FIX = "Send the file PEFT's save_pretrained wrote, which has a few thousand."

@@ -43,6 +43,7 @@ SOURCES = "sources"  # in HOME: what can be uploaded, each under its digest
 # Each thread has adapters of its own, so what an adapter should look like is known at all times.
 # Their bytes are from one pool, so the threads do meet in the store.
 NAMES = tuple(tuple(f"team-{thread}.{i}" for i in range(2)) for thread in range(4))
+ALIASES = ("prod", "beta")
 
 _POOL = 48
 _MOST = 3  # versions of an adapter before no more are added
@@ -56,8 +57,8 @@ class Operation:
     """One change of the adapter `name`.
 
     `kind` is `upload`, `unpack` or `import`, which bring `digest`, or `alias`, `unalias`,
-    `delete_version` or `delete_adapter`. `expected` is what `alias` must point to now: a number,
-    None for no such alias, or `any`.
+    `delete_version` or `delete_adapter`. `expected` is what `alias` must point to before: a
+    number, None for no such alias, or `any`.
     """
 
     kind: str
@@ -99,32 +100,36 @@ class Life:
             say(end=operation.name, **self._do(operation))
 
     def _choose(self, name: str, chance: random.Random) -> Operation:
-        try:
-            adapter = self._registry.get(name)
-            versions = {version.number: version.digest for version in adapter.versions}
-            aliases = dict(adapter.aliases)
-        except AdapterNotFound:
-            versions, aliases = {}, {}
-        kinds = list(_BRINGS) * (2 if len(versions) < _MOST else 0)
-        if versions:
-            kinds += ["again", "alias", "alias", "delete_version", "delete_version"]
-            kinds += ["unalias"] * (len(aliases) - 1)  # `latest` cannot be removed
-            kinds += ["delete_adapter"]
-        kind = chance.choice(kinds)
-        alias = chance.choice(["prod", "beta"])
+        versions, aliases = self._look(name)
+        kind = chance.choice(_kinds(len(versions), len(aliases)))
+        alias = chance.choice(ALIASES)
         if kind in _BRINGS:
             # Some are chosen often, by several threads at once.
-            chosen = self._pool[int(len(self._pool) * chance.random() ** 2)]
+            some = self._pool[int(len(self._pool) * chance.random() ** 2)]
             metadata = chance.choice([None, {"note": chance.random()}])
-            return Operation(kind, name, chosen, 0, chance.choice(["", alias]), metadata)
+            alias = chance.choice(["", alias])
+            return Operation(kind, name, digest=some, alias=alias, metadata=metadata)
         if kind == "again":
-            again = chance.choice(list(versions.values()))
-            return Operation(chance.choice(_BRINGS), name, again, 0, alias)
-        if kind == "unalias":
-            return Operation(kind, name, alias=chance.choice([a for a in aliases if a != "latest"]))
+            same = chance.choice(list(versions.values()))
+            return Operation(chance.choice(_BRINGS), name, digest=same, alias=alias)
+        if kind == "delete_adapter":
+            return Operation(kind, name)
         number = chance.choice(list(versions))
+        if kind == "delete_version":
+            return Operation(kind, name, number=number)
+        if kind == "unalias":
+            alias = chance.choice(list(aliases))
         expected = chance.choice([_ANY, _ANY, aliases.get(alias), None, number])
-        return Operation(kind, name, "", number, alias, None, expected)
+        return Operation(kind, name, number=number, alias=alias, expected=expected)
+
+    def _look(self, name: str) -> tuple[Mapping[int, str], Mapping[str, int]]:
+        """The digests of its versions and what its aliases point to."""
+        try:
+            adapter = self._registry.get(name)
+        except AdapterNotFound:
+            return {}, {}
+        versions = {version.number: version.digest for version in adapter.versions}
+        return versions, {a: adapter.aliases[a] for a in ALIASES if a in adapter.aliases}
 
     def _do(self, operation: Operation) -> Mapping[str, Any]:
         try:
@@ -172,6 +177,14 @@ class Life:
             self._ingest.collect(each)
 
 
+def _kinds(versions: int, aliases: int) -> list[str]:
+    """What can be done with an adapter that has so many; twice what should be done often."""
+    kinds = [*_BRINGS, *_BRINGS] if versions < _MOST else []
+    if versions:
+        kinds += ["again", "alias", "alias", "delete_version", "delete_version", "delete_adapter"]
+    return kinds + ["unalias"] * aliases
+
+
 def _prove(digest: str, folder: Path) -> Effect:
     time.sleep(0.003)
     return Effect(1.0, 0.0, True)
@@ -200,6 +213,7 @@ def _or_die(work: Callable[..., None], *arguments: Any) -> None:
         work(*arguments)
     except BaseException:
         traceback.print_exc()
+        say(mark="died")
         os._exit(1)
 
 

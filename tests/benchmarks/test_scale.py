@@ -61,7 +61,7 @@ def test_what_was_interrupted_leaves_nothing(
 
 
 def test_the_parts_of_a_server(filled: Path, base_folder: Path) -> None:
-    figures = scale.probe(filled / "home", base_folder) | scale._verify(filled)
+    figures = scale.probe(filled / "home", base_folder) | scale.verify(filled)
     assert all(value > 0 for value in figures.values())
     assert figures.keys() <= known()
 

@@ -11,7 +11,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,7 +71,9 @@ VARIANTS = {
     ),
     "alpha_pattern": Variant({**PLAIN, "alpha_pattern": ALPHAS}, ignored={"alpha_pattern": {}}),
     "both patterns": Variant(
-        {**PLAIN, "rank_pattern": RANKS, "alpha_pattern": ALPHAS}, ignored={"alpha_pattern": {}}
+        {**PLAIN, "rank_pattern": RANKS, "alpha_pattern": ALPHAS},
+        spread=0.03,
+        ignored={"alpha_pattern": {}},
     ),
     "rslora": Variant(
         {**PLAIN, "lora_alpha": 12, "use_rslora": True}, ignored={"use_rslora": False}
@@ -205,6 +207,15 @@ def loaded(name: str, folders: Mapping[str, Path], base: BaseSpec, at: Path) -> 
         assert validate.check(spec, base, MAX_RANK).problems == ()
         assert canonical.write(folders[name], spec, base, "BF16", into) == []
     return str(into)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """For the references: threads that wait for each other crawl where others use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
