@@ -46,8 +46,15 @@ def audit(
         with locked(digest):
             damage = _damage(store, digest, full)
             if damage is not None:
-                found.damaged[digest] = damage
                 registry.quarantine(digest, damage)
+                # Another process, which no lock here keeps out, may have deleted it meanwhile, or
+                # taken the same bytes in anew.
+                if not registry.references_to(digest):
+                    continue
+                if (damage := _damage(store, digest, full)) is None:
+                    registry.heal(digest)
+                    continue
+                found.damaged[digest] = damage
             elif digest in quarantined:
                 found.mended.append(digest)
                 registry.heal(digest)

@@ -18,7 +18,7 @@ import shutil
 import stat
 import uuid
 from collections.abc import Collection, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -165,7 +165,9 @@ class Store:
                 return f"{' and '.join(missing)} is gone."
             if not _is(place, digest):
                 return "Its files are not what was sealed."
-            _settle(place, FILES)
+            if not _untouched(place, FILES):
+                with suppress(InvalidAdapter):  # removed a moment ago: the next look tells
+                    _settle(place, FILES)
         return None
 
     def damaged_forms(self, digest: str) -> list[str]:

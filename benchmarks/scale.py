@@ -171,11 +171,12 @@ def run(counts: Sequence[int], rounds: int, starts: int, out: Path) -> None:
     folders = {count: fill(CACHE / "scale", count, base) for count in counts}
     out.mkdir(parents=True, exist_ok=True)
     (out / "machine.json").write_text(json.dumps(machine.describe(targets.ROOT), indent=1))
+    filled = {n: json.loads((folder / FILLED).read_text()) for n, folder in folders.items()}
     lines: list[dict[str, Any]] = []
     for round_, number, figures in _measure(folders, base, rounds, starts):
         lines.append({"round": round_, "count": number, "figures": figures})
-    filled = {n: json.loads((folder / FILLED).read_text()) for n, folder in folders.items()}
-    (out / RAW).write_text(json.dumps({"filled": filled, "lines": lines}, indent=1))
+        # What was measured until a server fails is kept.
+        (out / RAW).write_text(json.dumps({"filled": filled, "lines": lines}, indent=1))
     typer.echo(write(out))
 
 
@@ -259,31 +260,47 @@ def make(folder: Path, number: int) -> None:
 # Measuring ---------------------------------------------------------------------------------
 
 
-def _measure(
-    folders: Mapping[int, Path], base: Path, rounds: int, starts: int
-) -> Iterator[tuple[int, int, Figures]]:
-    """(round, count, figures), as they are measured."""
-    turns = list(_turns(folders, rounds))
-    for round_, count in track(turns, "parts of the server", console=console):
-        yield round_, count, _fresh(probe, folders[count] / "home", base)
+Turn = tuple[int, int, Figures]  # round, count of adapters, what was measured
+
+
+def _measure(folders: Mapping[int, Path], base: Path, rounds: int, starts: int) -> Iterator[Turn]:
     with ExitStack() as running:
         servers = {count: Server(folder, base) for count, folder in folders.items()}
         for server in servers.values():
             running.callback(server.stop)
-        turns = list(_turns(folders, starts))
-        servers[turns[0][1]].start()  # what is read from disk is in memory from here on
-        servers[turns[0][1]].stop()
-        for round_, count in track(turns, "whole starts", console=console):
-            figures = verify(folders[count]) | start(servers[count], count, round_)
+        yield from _parts(folders, base, rounds)
+        yield from _starts(servers, starts)
+        yield from _requests(servers, rounds)
+
+
+def _parts(folders: Mapping[int, Path], base: Path, rounds: int) -> Iterator[Turn]:
+    turns = list(_turns(folders, rounds))
+    for round_, count in track(turns, "parts of the server", console=console):
+        yield round_, count, _fresh(probe, folders[count] / "home", base)
+
+
+def _starts(servers: Mapping[int, "Server"], rounds: int) -> Iterator[Turn]:
+    """Leaves every server up, and paused."""
+    turns = list(_turns(servers, rounds))
+    first = servers[turns[0][1]]
+    first.start()  # not counted: what is read from disk is in memory from here on
+    first.stop()
+    for round_, count in track(turns, "whole starts", console=console):
+        server = servers[count]
+        server.stop()
+        figures = verify(server.folder) | start(server, count, round_)
+        server.pause()
+        yield round_, count, figures
+
+
+def _requests(servers: Mapping[int, "Server"], rounds: int) -> Iterator[Turn]:
+    turns = list(_turns(servers, rounds, WARM_UP))
+    for round_, count in track(turns, "over HTTP", console=console):
+        with servers[count].awake() as client:
+            figures = ask(client, count, round_)
+        figures["rss_listed_mib"] = servers[count].rss_mib
+        if round_ != WARM_UP:
             yield round_, count, figures
-            servers[count].stop() if round_ < starts - 1 else servers[count].pause()
-        turns = list(_turns(folders, rounds, WARM_UP))
-        for round_, count in track(turns, "over HTTP", console=console):
-            with servers[count].awake() as client:
-                figures = ask(client, count, round_)
-            figures["rss_listed_mib"] = servers[count].rss_mib
-            if round_ != WARM_UP:
-                yield round_, count, figures
 
 
 def _turns(counts: Iterable[int], rounds: int, first: int = 0) -> Iterator[tuple[int, int]]:
@@ -313,15 +330,14 @@ def probe(home: Path, base: Path) -> Figures:
     serving = app.build(settings, base)
     figures["build_s"] = time.perf_counter() - began
     registry = serving.registry
-    names = [card[0] for card in registry.names()]
-    sample = random.Random(0).choices(names, k=RESOLVES)
-    digests = [registry.resolve(each).digest for each in sample]
-    for kind, references in (
-        ("name", sample),
-        ("alias", [f"{each}@{ALIAS}" for each in sample]),
-        ("digest", [f"{each}@{digest}" for each, digest in zip(sample, digests, strict=True)]),
+    names = [each for each, _ in registry.names()]
+    for kind, said in (
+        ("name", lambda each: each),
+        ("alias", lambda each: f"{each}@{ALIAS}"),
+        ("digest", lambda each: f"{each}@{registry.resolve(each).digest}"),
     ):
-        figures |= _percentiles(f"resolve_{kind}_us", registry.resolve, references, 1e6)
+        asked = [said(each) for each in random.Random(kind).choices(names, k=RESOLVES)]
+        figures |= _percentiles(f"resolve_{kind}_us", registry.resolve, asked, 1e6)
     figures["audit_s"] = _seconds(serving.ingest.audit)
     registry.close()
     return figures
@@ -350,6 +366,7 @@ class Server(targets.Server):
     def __init__(self, folder: Path, base: Path) -> None:
         material = targets.Material(base, {}, CACHE / "benchmarks" / "gguf")
         super().__init__(f"{folder.name} adapters", Target(kind="loraplex"), {}, material, folder)
+        self.folder = folder
 
     def client(self) -> httpx.Client:
         """A client of it, for one turn: no connection outlives a pause."""
@@ -514,8 +531,9 @@ def write(folder: Path) -> str:
     text = "\n\n".join(
         [
             "# Many adapters",
-            "Rank 1 on one linear layer each, on the default base, registered in the server's "
-            "state folder; 10,000 of them cost what 10 do where nothing grows.",
+            "Adapters of rank 1 on one linear layer of the default base, registered in a server's "
+            "state folder. A figure grows if it does in every round and by more than "
+            f"{GROWS - 1:.0%} in the median:",
             _growth(measured, counts),
             _filling(raw["filled"]),
             f"{described['when']}: {described['cpu']}, {described['cores']} cores, "

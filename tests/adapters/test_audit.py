@@ -125,6 +125,34 @@ def test_one_that_cannot_be_read_does_not_end_the_audit(make, upload, store, reg
     assert registry.resolve("code").id == second.id
 
 
+def test_what_another_process_deletes_or_takes_in_meanwhile_is_not_damaged(
+    make, upload, store, registry, ingest, monkeypatch
+):
+    gone, back = upload(make()), upload(make(seed=1), name="code")
+    look = store.damage
+
+    def race(digest: str, full: bool) -> str | None:
+        """The look finds nothing, and the world has moved on when it is told."""
+        monkeypatch.setattr(store, "damage", look)
+        for each in registry.delete_adapter("sql"):
+            ingest.collect(each)
+        shutil.move(store.path(back.digest), store.path(back.digest).with_name("aside"))
+        said = look(digest, full)
+        shutil.move(store.path(back.digest).with_name("aside"), store.path(back.digest))
+        return said
+
+    monkeypatch.setattr(
+        registry, "digests", lambda state=None: {back.digest} if not state else set()
+    )
+    monkeypatch.setattr(store, "damage", race)
+    assert audit(store, registry).damaged == {}
+    assert registry.resolve("code").state == "ready"
+    monkeypatch.setattr(
+        registry, "digests", lambda state=None: {gone.digest} if not state else set()
+    )
+    assert audit(store, registry).damaged == {}
+
+
 # What a load finds ---------------------------------------------------------------------------
 
 

@@ -41,9 +41,10 @@ KILLS = int(os.environ.get("KILLS", "100"))
 SEED = int(os.environ.get("KILL_SEED", str(random.SystemRandom().randrange(10**6))))
 MEMORY = Path("/dev/shm")  # where a copy costs no disk
 ROOT = Path(__file__).parents[2]
-LONGEST_S = 0.5  # a life, or what is left of it after its start
+LONGEST_S = 0.5  # from the end of a start to the kill
+EARLY = 0.2  # the share of kills that may come into a start
+EARLY_S = 0.08  # how long after its beginning these come at most
 RECENT = 10  # versions of a name whose absence is looked at
-SOON = 0.3  # the share of lives that may be killed in their start
 
 _EVER = """SELECT name, number, digest FROM versions JOIN adapters
     ON adapters.id = versions.adapter_id ORDER BY name, number"""
@@ -243,8 +244,9 @@ class Lives:
     def one(self) -> list[Line]:
         """What one life said before it was killed at a random moment."""
         self._tell()
-        lines = [] if self._chance.random() < SOON else self._until("started", "died")
-        time.sleep(self._chance.uniform(0, LONGEST_S))
+        early = self._chance.random() < EARLY
+        lines = [] if early else self._until("started", "died")
+        time.sleep(self._chance.uniform(0, EARLY_S if early else LONGEST_S))
         self._tell()
         lines += self._until("ended")
         assert lines.pop()["code"] == -signal.SIGKILL, "it died by itself: see stderr"

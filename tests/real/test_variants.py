@@ -69,7 +69,9 @@ VARIANTS = {
         # α over the config's r for every module, whatever its own rank.
         ignored={"alpha_pattern": {key: 32 * rank / 8 for key, rank in RANKS.items()}},
     ),
-    "alpha_pattern": Variant({**PLAIN, "alpha_pattern": ALPHAS}, ignored={"alpha_pattern": {}}),
+    "alpha_pattern": Variant(
+        {**PLAIN, "alpha_pattern": ALPHAS}, spread=0.03, ignored={"alpha_pattern": {}}
+    ),
     "both patterns": Variant(
         {**PLAIN, "rank_pattern": RANKS, "alpha_pattern": ALPHAS},
         spread=0.03,
