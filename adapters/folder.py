@@ -43,6 +43,11 @@ def absent(names: Collection[str]) -> list[Problem]:
     return problems
 
 
+def belongs(name: str) -> bool:
+    """Whether a file of this name can be a part of an adapter, in whatever form it was saved."""
+    return name in FILES or PurePosixPath(name).suffix in _PICKLES
+
+
 def wanted(names: Collection[str], allow_pickle: bool = False) -> tuple[str, str]:
     """The two files to take of a folder with these file names: the config and the weights.
 

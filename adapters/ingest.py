@@ -21,6 +21,7 @@ from adapters.errors import (
     InvalidAdapter,
     Problem,
     ReservedName,
+    VersionNotFound,
     VersionQuarantined,
 )
 from adapters.folder import PICKLE, WEIGHTS, disk, wanted
@@ -60,6 +61,16 @@ class Inspection:
     spec: AdapterSpec | None = None
     algebra: Algebra | None = None
     advice: tuple[Problem, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """An adapter in a staging folder that nothing is wrong with; `form` is for the engine."""
+
+    folder: Path
+    digest: str
+    form: Path
+    seen: Inspection
 
 
 class Ingest:
@@ -127,30 +138,50 @@ class Ingest:
         ReservedName, InvalidAdapter, StoreError, RegistryError, or what `prove` raises), nothing
         of it is stored.
         """
+        made = self.prepare(folder, name, alias)
+        effect = self.known_effect(made.digest)
+        if effect is None and self._prove is not None:
+            effect = self._prove(made.digest, made.form)
+        return self.commit(made, effect, name, source, alias, metadata)
+
+    def prepare(self, folder: Path, name: str, alias: str | None = None) -> Prepared:
+        """The first part of `ingest`: all that needs no engine. Raises what it raises."""
         self.check_name(name)
         if alias is not None:
             check_alias(alias)
         seen = self.check(folder)
-        if seen.spec is None or seen.algebra is None:
+        if seen.algebra is None:
             raise InvalidAdapter(seen.report.problems)
-        digest = store.digest(folder)
-        checks = seen.report.as_dict() | {
-            "advice": [each.as_dict() for each in seen.advice],
-            "effect": None,
-        }
-        self._add_effect(checks, digest, folder)
-        facts = _facts(seen.spec, seen.algebra, checks, source)
-        with self._lock(digest):
+        return Prepared(folder, store.digest(folder), folder / self._key, seen)
+
+    def known_effect(self, digest: str) -> Effect | None:
+        """What the engine said of these bytes when they were taken in, if they are served."""
+        known = (self._registry.proven(digest) or {}).get("effect")
+        return Effect(**known) if known else None
+
+    def commit(
+        self,
+        made: Prepared,
+        effect: Effect | None,
+        name: str,
+        source: str,
+        alias: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+    ) -> tuple[Version, bool]:
+        """The last part of `ingest`: judges the effect, seals and registers."""
+        checks = self._checks(made.seen, effect)
+        facts = _facts(made.seen, checks, source)
+        with self._lock(made.digest):
             # Bytes that were there may be serving requests of a version since deleted.
-            ours = not self._store.has(digest)
-            self._seal(folder, digest)
+            ours = not self._store.has(made.digest)
+            self._seal(made)
             try:
-                return self._registry.add_version(name, digest, facts, alias, metadata)
+                return self._registry.add_version(name, made.digest, facts, alias, metadata)
             except Exception:
                 if ours:
                     # If even this fails, the next start collects.
                     with suppress(AdapterError):
-                        self._collect(digest)
+                        self._collect(made.digest)
                 raise
 
     def check_name(self, name: str) -> None:
@@ -167,12 +198,15 @@ class Ingest:
         """Makes sure that `form(digest)` is there, as sealed; to be called before each load.
 
         A form that is missing or was written to is made again from the adapter's own files. Raises
-        VersionQuarantined if those are damaged, which they are from then on for everybody,
-        InvalidAdapter if this base or these rules are not those it was taken in under, StoreError.
+        VersionNotFound if no version has the digest any more, VersionQuarantined if those files are
+        damaged, which they are from then on for everybody, InvalidAdapter if this base or these
+        rules are not those it was taken in under, StoreError.
         """
         if self._store.has_form(digest, self._key):
             return
         with self._lock(digest):
+            if not self._registry.references_to(digest):
+                raise VersionNotFound(f"{digest} was deleted meanwhile. Name another version.")
             if (damage := self._store.damage(digest)) is not None:
                 self._registry.quarantine(digest, damage)
                 raise VersionQuarantined(
@@ -200,33 +234,33 @@ class Ingest:
         with self._lock(digest):
             return self._collect(digest)
 
-    def _add_effect(self, checks: dict[str, Any], digest: str, folder: Path) -> None:
-        """Has the adapter proven, unless these bytes were before. Raises InvalidAdapter."""
-        known = self._registry.proven(digest) or {}
-        if known.get("effect"):
-            checks["effect"] = known["effect"]
-        elif self._prove is not None:
-            effect = self._prove(digest, folder / self._key)
+    def _checks(self, seen: Inspection, effect: Effect | None) -> dict[str, Any]:
+        """What is kept of the checks. Raises InvalidAdapter for an effect that is none, or NaN."""
+        warnings = list(seen.report.warnings)
+        if effect is not None:
             problems = effect.problems()
             if not problems and effect.difference == 0:
-                problems = [no_effect("logprobs", _UNCHANGED)]
-                if self._rules.allow_noop:
-                    checks["warnings"].append(problems.pop().as_dict())
+                (warnings if self._rules.allow_noop else problems).append(
+                    no_effect("logprobs", _UNCHANGED)
+                )
             if problems:
                 raise InvalidAdapter(problems)
-            checks["effect"] = effect.as_dict()
-            checks["warnings"] += [each.as_dict() for each in effect.warnings()]
+            warnings += effect.warnings()
+        return Report((), tuple(warnings)).as_dict() | {
+            "advice": [each.as_dict() for each in seen.advice],
+            "effect": None if effect is None else effect.as_dict(),
+        }
 
     def _write_form(self, folder: Path, spec: AdapterSpec, into: Path) -> list[Problem]:
         with disk("make a folder"):
             into.mkdir()
         return canonical.write(folder, spec, self._base, self._rules.dtype, into)
 
-    def _seal(self, folder: Path, digest: str) -> None:
-        self._store.seal(folder, digest)
-        if not self._store.has_form(digest, self._key):
+    def _seal(self, made: Prepared) -> None:
+        self._store.seal(made.folder, made.digest)
+        if not self._store.has_form(made.digest, self._key):
             # The adapter was there, sealed for another base or type of the engine.
-            self._store.seal_form(folder / self._key, digest, self._key)
+            self._store.seal_form(made.form, made.digest, self._key)
 
     def _collect(self, digest: str) -> bool:
         if self._registry.references_to(digest):
@@ -243,7 +277,9 @@ _UNCHANGED = (
 )
 
 
-def _facts(spec: AdapterSpec, numbers: Algebra, checks: Mapping[str, Any], source: str) -> Facts:
+def _facts(seen: Inspection, checks: Mapping[str, Any], source: str) -> Facts:
+    assert seen.spec is not None and seen.algebra is not None  # noqa: S101 (nothing was wrong)
+    spec = seen.spec
     return Facts(
         rank=spec.rank,
         alpha=spec.alpha,
@@ -255,5 +291,5 @@ def _facts(spec: AdapterSpec, numbers: Algebra, checks: Mapping[str, Any], sourc
         base_model=spec.base_model,
         source=source,
         checks=checks,
-        algebra=numbers.as_dict(),
+        algebra=seen.algebra.as_dict(),
     )

@@ -164,6 +164,8 @@ class Store:
             if missing := [name for name in FILES if not (place / name).is_file()]:
                 return f"{' and '.join(missing)} is gone."
             if not _is(place, digest):
+                # From now on a look is enough to doubt them, whatever time they had kept.
+                os.utime(place / WEIGHTS)
                 return "Its files are not what was sealed."
             if not _untouched(place, FILES):
                 with suppress(InvalidAdapter):  # removed a moment ago: the next look tells

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +49,12 @@ def build(settings: Settings, folder: Path) -> Serving:
         settings.allow_noop,
     )
     proving = Proving()
-    ingest = Ingest(store, registry, base, rules, proving)
+    ingest = Ingest(store, registry, base, rules)
     imports = Imports(
         store,
         ingest,
         Allowed(settings.import_from),
+        proving,
         max_bytes=settings.max_upload_mb * 10**6,
         timeout_s=settings.import_timeout,
         allow_pickle=settings.allow_pickle,
@@ -75,10 +76,9 @@ def create_app(
         running = asyncio.create_task(_run(serving, start, done, say))
         yield
         running.cancel()
-        with suppress(asyncio.CancelledError):
-            await running
         serving.proving.give_up()
-        await serving.imports.stop()
+        serving.imports.stop()
+        await asyncio.wait([running])
         if serving.gateway is not None:
             await asyncio.to_thread(serving.gateway.shutdown, timeout=ENGINE_GRACE_S)
         serving.registry.close()
@@ -100,7 +100,7 @@ async def _run(
 ) -> None:
     try:
         handlers = await _start_engine(serving, start)
-        await _offer_demos(serving)
+        await _offer_demos(serving, say)
         serving.handlers = handlers  # from here on the server is ready
     except Exception as error:
         serving.proving.give_up()
@@ -127,16 +127,19 @@ async def _start_engine(serving: Serving, start: Start) -> Handlers:
     return handlers
 
 
-async def _offer_demos(serving: Serving) -> None:
+async def _offer_demos(serving: Serving, say: Say) -> None:
     """The demo adapters, each once: one that somebody deleted or replaced stays as it is."""
     if not serving.settings.demo_adapters or serving.settings.model != DEFAULT_MODEL:
         return
     for folder in sorted(WEIGHTS.iterdir()):
         if serving.registry.knows(folder.name):
             continue
-        with serving.store.staging() as staged:
-            serving.imports.copy(folder, staged)
-            await serving.imports.ingest(staged, folder.name, "demo")
+        try:
+            with serving.store.staging() as staged:
+                await asyncio.to_thread(serving.imports.copy, folder, staged)
+                await serving.imports.ingest(staged, folder.name, "demo")
+        except AdapterError as error:
+            say(f"the demo adapter {folder.name} is not served: {error.message}")
 
 
 async def _audit(serving: Serving, say: Say) -> None:

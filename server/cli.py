@@ -27,6 +27,8 @@ from adapters.registry import Registry  # noqa: E402
 from adapters.store import Store  # noqa: E402
 from server.config import PREFIX, ConfigError, Settings  # noqa: E402
 
+SHOWN = 10  # adapters named when the server is ready
+
 console = Console(stderr=True, highlight=False)
 cli = typer.Typer(
     help="One base model, any number of LoRA adapters, one server.",
@@ -78,7 +80,8 @@ def _serve(settings: Settings) -> None:
             failed.append(error)
             server.should_exit = True
             return
-        names = [adapter.name for adapter in serving.registry.list().data]
+        page = serving.registry.list(limit=SHOWN)
+        names = [adapter.name for adapter in page.data] + ["…"] * (page.next is not None)
         for remark in serving.remarks:
             _say(remark)
         _say(f"ready after {time.monotonic() - began:.0f} s: {settings.base_name}")

@@ -7,9 +7,9 @@ release. What may be served comes from the registry; what the engine holds is de
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator
-from concurrent.futures import Future
-from contextlib import aclosing, asynccontextmanager
+from collections import Counter
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing, asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +54,7 @@ class Gateway:
         self._loads: dict[str, asyncio.Task[None]] = {}
         self._changed: asyncio.Future[None] | None = None
         self._retiring: set[str] = set()
+        self._waiting: Counter[str] = Counter()  # requests that no place is free for
         self._tasks: set[asyncio.Task[None]] = set()
 
     def __getattr__(self, name: str) -> Any:
@@ -134,19 +135,21 @@ class Gateway:
         """
         self.check()
         lora = LoRARequest(digest, self._id(digest), str(folder))
-        async with self._proofs:
-            effect = None
-            try:
-                async with asyncio.timeout(PROOF_TIMEOUT_S), self._resident(lora):
-                    effect = await self._prover.measure(lora)
-            except AdapterLoadFailed as error:
-                self.check()
-                raise InvalidAdapter([_not_loaded(error)]) from error
-            except TimeoutError:
-                raise EngineNotReady("The engine is too busy to try the adapter out.") from None
-            finally:
-                if effect is None or effect.problems() or not effect.difference:
-                    self.retire([digest])
+        effect = None
+        try:
+            async with asyncio.timeout(PROOF_TIMEOUT_S), self._proofs, self._resident(lora):
+                effect = await self._prover.measure(lora)
+        except AdapterLoadFailed as error:
+            self.check()
+            raise InvalidAdapter([_not_loaded(error)]) from error
+        except TimeoutError:
+            raise EngineNotReady("The engine is too busy to try the adapter out.") from None
+        except Exception as error:
+            self.check()
+            raise EngineNotReady("The engine could not try the adapter out.") from error
+        finally:
+            if effect is None or effect.problems() or not effect.difference:
+                self.retire([digest])
         return effect
 
     async def resolve(self, asked: str, param: str) -> Version:
@@ -201,8 +204,9 @@ class Gateway:
     async def _lease(self, lora: LoRARequest, call: Call) -> Entry:
         digest = lora.lora_name
         asked = time.monotonic()
-        while (granted := self.residency.lease(digest)) is None:
-            await self._change()
+        with self._waits(digest):
+            while (granted := self.residency.lease(digest)) is None:
+                await self._change()
         entry, load = granted
         placed = time.monotonic()
         if load is not None:
@@ -217,6 +221,17 @@ class Gateway:
         call.queue_ms = (placed - asked) * 1000
         call.load_ms = (time.monotonic() - placed) * 1000
         return entry
+
+    @contextmanager
+    def _waits(self, digest: str) -> Iterator[None]:
+        """Inside, the bytes of `digest` stay, as they do for a lease."""
+        self._waiting[digest] += 1
+        try:
+            yield
+        finally:
+            self._waiting -= Counter([digest])  # and forget those that nobody waits for
+            if digest in self._retiring:
+                self._finish_retiring(digest)
 
     async def _load(self, lora: LoRARequest, load: Load) -> None:
         try:
@@ -257,7 +272,7 @@ class Gateway:
             self._changed = None
 
     def _finish_retiring(self, digest: str) -> None:
-        if self.residency.leases(digest) == 0:
+        if self.residency.leases(digest) == 0 and not self._waiting[digest]:
             self._retiring.discard(digest)
             self._spawn(self._remove(digest, unload=self.residency.drop(digest)))
 
@@ -281,21 +296,24 @@ def _not_loaded(error: AdapterLoadFailed) -> Problem:
 
 
 class Proving:
-    """What checks of adapters ask, in threads of their own: waits until the engine is there."""
+    """`Gateway.prove` for adapters that arrive before the engine is there: they wait for it."""
 
     def __init__(self) -> None:
-        self._up: Future[tuple[Gateway, asyncio.AbstractEventLoop]] = Future()
+        self._gateway: Gateway | None = None
+        self._decided = asyncio.Event()
 
-    def __call__(self, digest: str, folder: Path) -> Effect:
-        """`Gateway.prove`. Raises what it raises, and EngineNotReady if no engine ever came."""
-        gateway, loop = self._up.result()
-        return asyncio.run_coroutine_threadsafe(gateway.prove(digest, folder), loop).result()
+    async def __call__(self, digest: str, folder: Path) -> Effect:
+        """Raises what `Gateway.prove` does, and EngineNotReady if no engine came."""
+        await self._decided.wait()
+        if self._gateway is None:
+            raise EngineNotReady("The engine did not start.")
+        return await self._gateway.prove(digest, folder)
 
     def begin(self, gateway: Gateway) -> None:
-        """The engine can answer; called on the event loop that it runs on."""
-        self._up.set_result((gateway, asyncio.get_running_loop()))
+        """The engine can answer."""
+        self._gateway = gateway
+        self._decided.set()
 
     def give_up(self) -> None:
         """No engine will come."""
-        if not self._up.done():
-            self._up.set_exception(EngineNotReady("The engine did not start."))
+        self._decided.set()

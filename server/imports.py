@@ -6,15 +6,17 @@ import json
 import os
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
+from weakref import WeakValueDictionary
 
 from threadpoolctl import threadpool_limits
 
 from adapters import sources
+from adapters.effect import Effect
 from adapters.errors import AdapterError
 from adapters.ingest import Ingest
 from adapters.names import check_alias
@@ -55,13 +57,17 @@ class Import:
 
 
 class Imports:
-    """Every way in, for one event loop: uploads, imports and watched folders end in `ingest`."""
+    """Every way in, for one event loop: uploads, imports and watched folders end in `ingest`.
+
+    `prove(digest, folder)` asks the engine what the adapter in `folder` does.
+    """
 
     def __init__(
         self,
         store: Store,
         ingest: Ingest,
         allowed: Allowed,
+        prove: Callable[[str, Path], Awaitable[Effect]],
         *,
         max_bytes: int,
         timeout_s: float,
@@ -70,20 +76,21 @@ class Imports:
         self._store = store
         self._ingest = ingest
         self._allowed = allowed
+        self._prove = prove
         self._max_bytes = max_bytes
         self._timeout_s = timeout_s
         self._allow_pickle = allow_pickle
         # Of lower priority than the engine's threads: checking an adapter takes seconds of a core.
         self._checkers = ThreadPoolExecutor(CHECKING, "check", initializer=_yield_to_others)
         self._fetchers = ThreadPoolExecutor(RUNNING, "fetch")
+        self._one_at_a_time = WeakValueDictionary[str, asyncio.Lock]()
         self._numbers = itertools.count(1)
         self._running: dict[str, tuple[Import, asyncio.Task[None]]] = {}
         self._ended: list[Import] = []
 
     async def check(self, work: Callable[..., T], *arguments: Any) -> T:
         """Runs `work`, which reads and checks an adapter, where it delays nobody's tokens."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._checkers, lambda: work(*arguments))
+        return await _to_the_end(self._checkers, work, *arguments)
 
     async def ingest(
         self,
@@ -93,8 +100,17 @@ class Imports:
         alias: str | None = None,
         metadata: Mapping[str, Any] | None = None,
     ) -> tuple[Version, bool]:
-        """`Ingest.ingest`, likewise."""
-        return await self.check(self._ingest.ingest, folder, name, source, alias, metadata)
+        """What `Ingest.ingest` does, with the engine asked on the event loop.
+
+        The same bytes from several sides at once are proven once.
+        """
+        made = await self.check(self._ingest.prepare, folder, name, alias)
+        async with self._one_at_a_time.setdefault(made.digest, asyncio.Lock()):
+            effect = await self.check(self._ingest.known_effect, made.digest)
+            effect = effect or await self._prove(made.digest, made.form)
+            return await self.check(
+                self._ingest.commit, made, effect, name, source, alias, metadata
+            )
 
     def copy(self, folder: Path, into: Path) -> None:
         """Brings an adapter on this machine into a staging folder; blocks."""
@@ -143,8 +159,8 @@ class Imports:
         running = [one for one, _ in self._running.values()]
         return [one for one in (*self._ended, *running) if one.name == name]
 
-    async def stop(self) -> None:
-        """Gives up what is under way; what has been fetched of it is removed."""
+    def stop(self) -> None:
+        """Gives up what is under way: fetching ends within seconds, and what waits never begins."""
         for one, _ in self._running.values():
             one.transfer.stop()
         self._checkers.shutdown(wait=False, cancel_futures=True)
@@ -158,12 +174,9 @@ class Imports:
         alias: str | None,
         metadata: Mapping[str, Any] | None,
     ) -> None:
-        loop = asyncio.get_running_loop()
         try:
             with self._store.staging() as folder:
-                pinned = await loop.run_in_executor(
-                    self._fetchers, self._fetch, one, address, folder
-                )
+                pinned = await _to_the_end(self._fetchers, self._fetch, one, address, folder)
                 one.state = "checking"
                 one.version, one.created = await self.ingest(
                     folder, one.name, pinned, alias, metadata
@@ -184,7 +197,21 @@ class Imports:
 
     def _fetch(self, one: Import, address: Address, into: Path) -> str:
         one.state = "fetching"
+        one.transfer.begin()
         return sources.fetch(address, into, one.transfer, self._allowed, self._allow_pickle)
+
+
+async def _to_the_end(pool: ThreadPoolExecutor, work: Callable[..., T], *arguments: Any) -> T:
+    """Runs `work` in a thread of `pool`; returns when it has ended, also if it is cancelled.
+
+    The folder that a thread works in must not be removed under it.
+    """
+    running = asyncio.get_running_loop().run_in_executor(pool, lambda: work(*arguments))
+    try:
+        return await asyncio.shield(running)
+    except asyncio.CancelledError:
+        await asyncio.wait([running])
+        raise
 
 
 def _yield_to_others() -> None:

@@ -7,14 +7,26 @@ from pathlib import Path
 
 from watchfiles import awatch
 
-from adapters.errors import AdapterError, AliasInUse, InvalidAdapter
+from adapters.errors import (
+    AdapterError,
+    AdapterNotFound,
+    AliasInUse,
+    InvalidAdapter,
+    InvalidName,
+    ReservedName,
+    TooLarge,
+    VersionNotFound,
+)
 from adapters.folder import CONFIG, PICKLE, WEIGHTS
 from adapters.registry import Registry, Version
 from adapters.store import Store
+from server.errors import ServerError
 from server.imports import Imports
 
 SETTLE_S = 1.0  # a folder that has not changed for so long is taken to be complete
 LOOK_S = 10.0  # file systems that report no changes, such as network ones, are looked at this often
+
+_ITS_OWN_FAULT = (InvalidAdapter, InvalidName, ReservedName, TooLarge)
 
 Mark = tuple[tuple[str, int, int], ...]
 
@@ -62,15 +74,22 @@ class Watch:
             await asyncio.sleep(SETTLE_S)
 
     async def _look(self) -> bool:
-        """Brings in and removes what has changed; True if something is still changing."""
+        """Brings in and removes what has changed; True if something is still changing.
+
+        What fails for another reason than the adapter itself is tried again at the next look.
+        """
         try:
-            found = await asyncio.to_thread(self._scan)
+            return await self._compare(await asyncio.to_thread(self._scan))
         except OSError as error:
             self._complain(f"{self._root} cannot be read, so nothing is changed: {error.strerror}")
-            return False
+        except (AdapterError, ServerError) as error:
+            self._complain(f"{self._root} could not be followed: {error.message}")
+        return False
+
+    async def _compare(self, found: dict[str, Mark | None]) -> bool:
         settling = False
         for name, mark in found.items():
-            if mark == self._done.get(name):
+            if mark is None or mark == self._done.get(name):
                 continue
             if mark == self._settling.get(name):
                 await self._bring(name, mark)
@@ -80,7 +99,7 @@ class Watch:
         await self._remove_all_but(set(found))
         return settling
 
-    def _scan(self) -> dict[str, Mark]:
+    def _scan(self) -> dict[str, Mark | None]:
         volume = self._root.stat().st_dev
         if self._volume not in (None, volume):
             raise OSError(0, "it lies on another volume than before (unmounted?)")
@@ -89,13 +108,17 @@ class Watch:
             names = [e.name for e in entries if e.is_dir() and not e.name.startswith(".")]
         return {name: self._mark(name) for name in names}
 
-    def _mark(self, name: str) -> Mark:
+    def _mark(self, name: str) -> Mark | None:
+        """What tells the folder from what it was; None if it cannot be looked into."""
         mark = []
         for file in (CONFIG, WEIGHTS, PICKLE):
             try:
                 found = os.lstat(self._root / name / file)
             except FileNotFoundError:
                 continue
+            except OSError as error:
+                self._complain(f"{self._root / name} cannot be read: {error.strerror}")
+                return None
             mark.append((file, found.st_size, found.st_mtime_ns))
         return tuple(mark)
 
@@ -107,13 +130,18 @@ class Watch:
                 if await asyncio.to_thread(self._mark, name) != mark:
                     return  # it is being written again: another look comes
                 version, created = await self._imports.ingest(folder, name, source)
-        except AdapterError as error:
+        except _ITS_OWN_FAULT as error:
+            self._done[name] = mark
             self._say(f"{self._root / name} is not served: {_reasons(error)}")
-        else:
-            if created:
-                self._say(f"{version.reference} is served, from {self._root / name}")
-            await self._remove(self._mine(name), but=version.number)
+            return
+        except (AdapterError, ServerError) as error:
+            self._complain(f"{self._root / name} is not served yet: {error.message}")
+            return
         self._done[name] = mark
+        if created:
+            self._say(f"{version.reference} is served, from {self._root / name}")
+        adapter = await asyncio.to_thread(self._registry.get, name)
+        await self._remove([v for v in adapter.versions if v.source == source], version.number)
 
     async def _remove_all_but(self, names: set[str]) -> None:
         mine = await asyncio.to_thread(self._mine)
@@ -137,17 +165,15 @@ class Watch:
             except AliasInUse as error:
                 self._complain(error.message)
                 continue
+            except (AdapterNotFound, VersionNotFound):  # somebody else was quicker
+                continue
             self._let_go(digests)
             if but is None:
-                await asyncio.to_thread(self._forget_if_empty, version.adapter)
+                await asyncio.to_thread(self._registry.delete_if_empty, version.adapter)
                 self._say(f"{version.reference} is not served any more: its folder is gone")
 
-    def _forget_if_empty(self, name: str) -> None:
-        if not self._registry.get(name).versions:
-            self._registry.delete_adapter(name)
-
-    def _mine(self, name: str = "") -> list[Version]:
-        found = self._registry.from_source(self._source(name))
+    def _mine(self) -> list[Version]:
+        found = self._registry.from_source(self._source(""))
         return [each for each in found if each.source == self._source(each.adapter)]
 
     def _source(self, name: str) -> str:

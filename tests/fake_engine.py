@@ -43,6 +43,7 @@ class FakeCore:
         self.cold: list[str] = []
         self.loads: list[str] = []
         self.on_load: Any = None
+        self.waiting_loads = 0
         self.speaks_as: dict[str, str] = {}  # digest → who it speaks as instead: base, nan, …
         self._tokenizer = renderer.tokenizer
         self._capacity = vllm_config.lora_config.max_cpu_loras
@@ -71,7 +72,11 @@ class FakeCore:
 
     async def add_lora_async(self, lora: LoRARequest) -> bool:
         if self.on_load is not None:
-            await self.on_load(lora)
+            self.waiting_loads += 1
+            try:
+                await self.on_load(lora)
+            finally:
+                self.waiting_loads -= 1
         if not Path(lora.lora_path, "adapter_model.safetensors").is_file():
             raise RuntimeError(f"no adapter in {lora.lora_path}")
         if len(self._loaded) >= self._capacity:

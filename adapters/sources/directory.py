@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
@@ -24,9 +24,12 @@ def copy(folder: Path, into: Path, transfer: Transfer, allow_pickle: bool = Fals
         with disk(f"read {folder}"):
             names = os.listdir(opened)
         intake = Intake(into, transfer)
-        for name in wanted(names, allow_pickle):
-            with open_regular(opened, name) as file:
-                intake.write(name, _blocks(file, name))
+        with ExitStack() as files:
+            chosen = wanted(names, allow_pickle)
+            sources = [files.enter_context(open_regular(opened, name)) for name in chosen]
+            transfer.expect(sum(os.fstat(source.fileno()).st_size for source in sources))
+            for name, source in zip(chosen, sources, strict=True):
+                intake.write(name, _blocks(source, name))
 
 
 @contextmanager

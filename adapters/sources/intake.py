@@ -26,6 +26,11 @@ class Transfer:
         self._deadline = None if timeout_s is None else time.monotonic() + timeout_s
         self._stopped = False
 
+    def begin(self) -> None:
+        """Time counts from here, and no longer from when this was made."""
+        if self._timeout_s is not None:
+            self._deadline = time.monotonic() + self._timeout_s
+
     def expect(self, total: int) -> None:
         """The source announces `total` bytes. Raises TooLarge before any of them is fetched."""
         self.total = total

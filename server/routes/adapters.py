@@ -14,8 +14,9 @@ from fastapi import APIRouter, Body, Header, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from adapters import jsontext
 from adapters.errors import AdapterNotFound
-from adapters.folder import CONFIG, disk
+from adapters.folder import CONFIG, belongs, disk
 from adapters.ingest import Inspection
 from adapters.registry import Adapter, Version
 from adapters.sources import archive
@@ -83,7 +84,10 @@ async def add(
 
     A form uploads its files; JSON names a source that the server fetches.
     """
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+    if (
+        request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        != "application/json"
+    ):
         return await _upload(request, serving)
     asked = await _import_request(request)
     one = serving.imports.begin(asked.name, asked.source, asked.alias, asked.metadata)
@@ -92,7 +96,7 @@ async def add(
     if "respond-async" in prefer:
         headers = {"location": f"/v1/adapters/{one.name}", "preference-applied": "respond-async"}
         return JSONResponse(_show_import(one), status_code=202, headers=headers)
-    return _taken(serving, *await serving.imports.end(one))
+    return await run_sync(_taken, serving, *await serving.imports.end(one))
 
 
 @router.post(":check", openapi_extra=_form([], {}))
@@ -115,7 +119,7 @@ async def _upload(request: Request, serving: Serving) -> Response:
         serving.ingest.check_name(name)
         await run_sync(_collect, form, folder, serving)
         added = await serving.imports.ingest(folder, name, "upload", alias, metadata)
-    return _taken(serving, *added)
+    return await run_sync(_taken, serving, *added)
 
 
 def _taken(serving: Serving, version: Version, created: bool) -> JSONResponse:
@@ -129,7 +133,7 @@ async def _import_request(request: Request) -> ImportRequest:
         if len(text) > MAX_FIELD:
             raise BadRequest(f"The body has more than {MAX_FIELD} bytes.")
     try:
-        return ImportRequest.model_validate_json(text)
+        return ImportRequest.model_validate(_object(text, "the body"))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
@@ -178,11 +182,11 @@ async def show(name: str, serving: Served) -> Json:
     try:
         adapter = await run_sync(serving.registry.get, name)
     except AdapterNotFound:
-        if not imports:
+        if all("version" in one for one in imports):  # it was there, and was deleted since
             raise
         nothing: Json = {"versions": [], "aliases": {}, "created": None, "metadata": {}}
         return {"object": "adapter", "name": name, **nothing, "imports": imports}
-    return _show(serving, adapter) | {"imports": imports}
+    return await run_sync(_show, serving, adapter) | {"imports": imports}
 
 
 @router.get("/{name}/versions/{version}")
@@ -263,13 +267,16 @@ def _fields(form: Form) -> tuple[str, str | None, dict[str, Any] | None]:
         raise BadRequest("The form has no field `name`: what shall the adapter be called?", "name")
     metadata = None
     if text := form.fields.get("metadata"):
-        try:
-            metadata = json.loads(text)
-        except ValueError as error:
-            raise BadRequest(f"`metadata` is not JSON: {error}.", "metadata") from None
-        if not isinstance(metadata, dict):
-            raise BadRequest("`metadata` is not a JSON object.", "metadata")
+        metadata = _object(text.encode(), "metadata")
     return form.fields["name"], form.fields.get("alias") or None, metadata
+
+
+def _object(text: bytes, what: str) -> Json:
+    """The JSON object in `text`, if it is one that a database and a reply can carry."""
+    try:
+        return jsontext.parse(text)
+    except ValueError as error:
+        raise BadRequest(f"{what} is no JSON object that can be kept: {error}.", what) from None
 
 
 def _collect(form: Form, folder: Path, serving: Serving) -> None:
@@ -282,7 +289,7 @@ def _collect(form: Form, folder: Path, serving: Serving) -> None:
         archive.unpack(packed[0], folder, limit, allow_pickle=serving.settings.allow_pickle)
         return
     with disk("keep an upload"):
-        for path in loose:
+        for path in filter(lambda each: belongs(each.name), loose):
             shutil.move(path, folder)
 
 

@@ -2,6 +2,7 @@
 
 from anyio.to_thread import run_sync
 from fastapi import APIRouter
+from fastapi.responses import JSONResponse
 
 from adapters.errors import AdapterNotFound, InvalidReference
 from server.routes import Json, Served, Serving
@@ -10,12 +11,13 @@ router = APIRouter(prefix="/v1/models", tags=["inference"])
 
 
 @router.get("")
-def every(serving: Served) -> Json:
+def every(serving: Served) -> JSONResponse:
     """The base and every adapter; an adapter's `parent` is the base."""
     base = serving.settings.base_name
     named = serving.registry.names()
     adapters = [_card(name, created.timestamp(), base) for name, created in named]
-    return {"object": "list", "data": [_base(serving), *adapters]}
+    # Made here, in a thread: with thousands of adapters it takes tens of milliseconds.
+    return JSONResponse({"object": "list", "data": [_base(serving), *adapters]})
 
 
 @router.get("/{name:path}")

@@ -13,6 +13,8 @@ import numpy as np
 import pytest
 
 from adapters.base import BaseSpec
+from adapters.registry import Registry
+from adapters.store import Store
 
 LINEARS = {
     "model.layers.0.self_attn.q_proj": (16, 16),
@@ -101,6 +103,16 @@ def _make() -> Callable[..., Made]:
 @pytest.fixture
 def base() -> BaseSpec:
     return BaseSpec("tiny", LINEARS, 4096, 8192)
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(tmp_path / "store")
+
+
+@pytest.fixture
+def registry(tmp_path: Path) -> Registry:
+    return Registry(f"sqlite:///{tmp_path / 'registry.db'}")
 
 
 @pytest.fixture(scope="session")

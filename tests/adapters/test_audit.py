@@ -11,20 +11,9 @@ import pytest
 from adapters.audit import audit
 from adapters.errors import InvalidAdapter, StoreError, VersionQuarantined
 from adapters.ingest import Ingest, Rules
-from adapters.registry import Registry
-from adapters.store import Store, digest
+from adapters.store import digest
 
 WEIGHTS = "adapter_model.safetensors"
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return Registry(f"sqlite:///{tmp_path / 'registry.db'}")
 
 
 @pytest.fixture
@@ -82,6 +71,20 @@ def test_only_a_full_audit_sees_what_kept_its_time(make, upload, store, registry
     flip(store.path(version.digest) / WEIGHTS, keep_time=True)
     assert audit(store, registry).damaged == {}
     assert list(audit(store, registry, full=True).damaged) == [version.digest]
+
+
+def test_what_a_full_audit_found_stays_found(make, upload, store, registry):
+    """A start, and the upload that is to mend it, look only at the time of modification."""
+    version = upload(make())
+    weights = store.path(version.digest) / WEIGHTS
+    flip(weights, keep_time=True)
+    assert audit(store, registry, full=True).damaged
+    assert list(audit(store, registry).damaged) == [version.digest]
+    with pytest.raises(VersionQuarantined):
+        registry.resolve("sql")
+    assert upload(make()).number == 1
+    assert digest(store.path(version.digest)) == version.digest
+    assert audit(store, registry, full=True).damaged == {}
 
 
 def test_bytes_that_come_back_are_served_again(make, upload, store, registry, tmp_path):

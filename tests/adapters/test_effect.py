@@ -88,6 +88,14 @@ def test_no_effect_can_be_allowed_but_nan_cannot(run):
         run(NAN, seed=1, allow_noop=True)
 
 
+def test_what_was_allowed_once_is_judged_again(run):
+    run(NONE, allow_noop=True)
+    again, asked = run(MUCH, name="code", allow_noop=True)
+    assert "no_effect" in {w["code"] for w in again.checks["warnings"]} and len(asked) == 1
+    with pytest.raises(InvalidAdapter):
+        run(MUCH, name="third")
+
+
 def test_an_effect_that_noise_may_hide_is_a_warning(run):
     version, _ = run(LITTLE)
     assert "effect_within_noise" in {w["code"] for w in version.checks["warnings"]}

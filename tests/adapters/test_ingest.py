@@ -23,16 +23,6 @@ RULES = Rules(max_rank=8, reserved=frozenset({"base", "tiny"}))
 
 
 @pytest.fixture
-def store(tmp_path: Path) -> Store:
-    return Store(tmp_path / "store")
-
-
-@pytest.fixture
-def registry(tmp_path: Path) -> Registry:
-    return Registry(f"sqlite:///{tmp_path / 'registry.db'}")
-
-
-@pytest.fixture
 def ingest(store, registry, base) -> Ingest:
     return Ingest(store, registry, base, RULES)
 

@@ -3,10 +3,12 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
 
 from adapters.errors import (
     AdapterNotFound,
@@ -18,6 +20,7 @@ from adapters.errors import (
     RegistryError,
     ReservedName,
     VersionNotFound,
+    VersionQuarantined,
 )
 from adapters.registry import Facts, Registry
 
@@ -343,3 +346,80 @@ def test_a_database_that_cannot_be_opened(tmp_path):
     (tmp_path / "broken.db").write_bytes(b"this is no database" * 100)
     with pytest.raises(RegistryError):
         Registry(f"sqlite:///{tmp_path / 'broken.db'}")
+
+
+def test_what_every_request_asks_goes_by_an_index(registry):
+    """However many adapters there are: SQLite says how it would look each thing up."""
+    registry.add_version("sql", sha(1), FACTS, alias="prod")
+    asked = []
+    sa.event.listen(
+        registry._engine,
+        "before_cursor_execute",
+        lambda db, cursor, text, values, *_: asked.append((text, values)),
+    )
+    for reference in ("sql", "sql@1", "sql@prod", f"sql@{sha(1)}"):
+        registry.resolve(reference)
+    registry.get("sql")
+    registry.list(after="a", limit=5)
+    registry.list(prefix="s", limit=5)
+    registry.from_source("up")
+    registry.proven(sha(1))
+    registry.references_to(sha(1))
+    with registry._engine.connect() as db:
+        for text, values in [each for each in asked if each[0].startswith("SELECT")]:
+            plan = db.exec_driver_sql(f"EXPLAIN QUERY PLAN {text}", values)
+            steps = [row.detail for row in plan]
+            assert not [step for step in steps if step.startswith("SCAN")], (text, steps)
+    assert len(asked) > 12
+
+
+def test_a_quarantined_version_is_not_served_until_it_is_mended(registry):
+    registry.add_version("sql", sha(1), FACTS, alias="prod")
+    registry.add_version("sql", sha(2), FACTS)
+    registry.quarantine(sha(1), "Its folder is gone.")
+    for reference in ("sql@1", "sql@prod", f"sql@{sha(1)}"):
+        with pytest.raises(VersionQuarantined, match=r"Its folder is gone\. Upload the same"):
+            registry.resolve(reference)
+    assert registry.resolve("sql").number == 2
+    with pytest.raises(VersionNotFound):
+        registry.set_alias("sql", "canary", 1)
+    (first, second) = registry.get("sql").versions
+    assert (first.state, first.reason) == ("quarantined", "Its folder is gone.")
+    assert (second.state, second.reason) == ("ready", None)
+    registry.quarantine(sha(2), "Its files are not what was sealed.")
+    with pytest.raises(VersionQuarantined):
+        registry.resolve("sql")
+    assert list(registry.names()) == [] and len(registry.list().data) == 1
+
+    again, created = registry.add_version("sql", sha(1), FACTS)
+    assert not created and again.number == 1 and again.reason is None
+    assert registry.resolve("sql@prod").number == 1
+    registry.heal(sha(2))
+    assert registry.resolve("sql").number == 2
+    registry.delete_version("sql", 2)
+    registry.heal(sha(2))
+    with pytest.raises(VersionNotFound):
+        registry.resolve("sql@2")
+
+
+def test_a_database_from_before_gets_the_columns_it_lacks(registry, url):
+    registry.add_version("sql", sha(1), FACTS)
+    with registry._engine.begin() as db:
+        db.exec_driver_sql("ALTER TABLE versions DROP COLUMN reason")
+    registry.close()
+    again = Registry(url)
+    again.quarantine(sha(1), "x")
+    assert again.get("sql").versions[0].reason == "x"
+    again.close()
+
+
+def test_versions_are_found_by_where_they_came_from(registry):
+    registry.add_version("sql", sha(1), replace(FACTS, source="watch:/a/sql"))
+    registry.add_version("code", sha(2), replace(FACTS, source="watch:/a/code"))
+    registry.add_version("code", sha(3), replace(FACTS, source="watch:/ab/code"))
+    registry.add_version("c_de", sha(4), FACTS)
+    found = [(v.adapter, v.number) for v in registry.from_source("watch:/a/")]
+    assert sorted(found) == [("code", 1), ("sql", 1)]
+    registry.delete_version("sql", 1)
+    assert [v.adapter for v in registry.from_source("watch:/a/")] == ["code"]
+    assert [a.name for a in registry.list(prefix="c_").data] == ["c_de"]

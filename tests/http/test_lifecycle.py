@@ -1,8 +1,10 @@
 """From an alias to the last byte: versions that move under load, imports, proof, damage."""
 
 import asyncio
+import concurrent.futures
 import json
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import closing
@@ -14,6 +16,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from adapters.store import digest
+from server.errors import EngineNotReady
 from tests.conftest import MakeAdapter, with_base
 from tests.fake_engine import speaker
 from tests.http.conftest import Running, cool, serve, settings, upload
@@ -30,6 +33,14 @@ def said(reply: httpx.Response) -> str:
 def codes(reply: httpx.Response) -> set[str]:
     assert reply.status_code == 422, reply.text
     return {problem["code"] for problem in reply.json()["error"]["problems"]}
+
+
+def until(what: Any, seconds: float = 20) -> None:
+    for _ in range(int(seconds / 0.05)):
+        if what():
+            return
+        time.sleep(0.05)
+    raise AssertionError("it did not happen")
 
 
 # Aliases -----------------------------------------------------------------------------------
@@ -189,6 +200,55 @@ def test_what_the_engine_cannot_load_is_refused(
     assert "no such shape" in reply.text
 
 
+def test_check_and_refusals_do_not_wait_for_a_proof(
+    running: Running, http: httpx.Client, make_adapter: MakeAdapter, tmp_path: Path
+) -> None:
+    """However many adapters wait for the engine to try them out."""
+    going = threading.Event()
+
+    async def wait(_: Any) -> None:
+        while not going.is_set():
+            await asyncio.sleep(0.02)
+
+    def add(number: int) -> httpx.Response:
+        with httpx.Client(base_url=running.url, timeout=60) as client:
+            return upload(client, f"slow-{number}", folders[number])
+
+    folders = [make_adapter(seed) for seed in range(221, 225)]
+    running.core.on_load = wait
+    try:
+        with concurrent.futures.ThreadPoolExecutor(4) as pool:
+            waiting = [pool.submit(add, number) for number in range(4)]
+            until(lambda: running.core.waiting_loads > 0)
+            checked = http.post("/v1/adapters:check", files=_files(make_adapter(1)), timeout=10)
+            assert checked.json()["ok"] is True
+            bad = shutil.copytree(make_adapter(1), tmp_path / "bad")
+            (bad / WEIGHTS).write_bytes(b"x")
+            assert codes(upload(http, "bad", bad)) == {"weights_truncated"}
+            assert not any(each.done() for each in waiting)
+            going.set()
+            assert {each.result().status_code for each in waiting} == {201}
+    finally:
+        going.set()
+        running.core.on_load = None
+
+
+def test_the_same_bytes_from_several_sides_are_proven_once(
+    running: Running, make_adapter: MakeAdapter
+) -> None:
+    folder = make_adapter(226)
+
+    def add(name: str) -> httpx.Response:
+        with httpx.Client(base_url=running.url, timeout=60) as client:
+            return upload(client, name, folder)
+
+    before = running.serving.gateway._prover._asked
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        replies = list(pool.map(add, ("twin-a", "twin-b", "twin-b", "twin-c")))
+    assert sorted(reply.status_code for reply in replies) == [200, 201, 201, 201]
+    assert running.serving.gateway._prover._asked - before == 6  # two prompts, three times each
+
+
 # Check and show ----------------------------------------------------------------------------
 
 
@@ -219,6 +279,39 @@ def test_show_has_config_algebra_advice_and_effect_of_the_newest(
     assert second["checks"]["effect"]["difference"] > 0
     assert {"advice", "warnings", "problems", "effect"} == set(second["checks"])
     assert http.get("/v1/adapters/moving/versions/1").json()["algebra"]["norm"] > 0
+
+
+def test_an_import_that_was_deleted_is_not_found(
+    importing: tuple[Running, Path], client: httpx.Client, make_adapter: MakeAdapter
+) -> None:
+    source = f"file://{shutil.copytree(make_adapter(243), importing[1] / 'brief')}"
+    client.post("/v1/adapters", json={"name": "brief", "source": source})
+    assert client.delete("/v1/adapters/brief").status_code == 200
+    assert client.get("/v1/adapters/brief").status_code == 404
+
+
+@pytest.mark.parametrize(
+    "text",
+    ['{"a": "\\ud800"}', '{"a": NaN}', '{"a": 1e999}', '{"a":' + "[" * 500 + "]" * 500 + "}"],
+)
+def test_metadata_that_no_reply_could_carry(
+    importing: tuple[Running, Path], client: httpx.Client, make_adapter: MakeAdapter, text: str
+) -> None:
+    reply = upload(client, "meta", make_adapter(1), metadata=text)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "bad_request")
+    body = f'{{"name": "meta", "source": "file://{importing[1]}/x", "metadata": {text}}}'
+    headers = {"content-type": "Application/JSON"}
+    reply = client.post("/v1/adapters", content=body.encode(), headers=headers)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "bad_request")
+    assert client.get("/v1/adapters").status_code == 200
+
+
+def test_other_files_of_an_upload_are_left_out(
+    running: Running, http: httpx.Client, make_adapter: MakeAdapter
+) -> None:
+    files = [*_files(make_adapter(231)), ("files", ("engine-notes.txt", b"x"))]
+    reply = http.post("/v1/adapters", data={"name": "noted"}, files=files)
+    assert reply.status_code == 201, reply.text[:300]
 
 
 # Imports -----------------------------------------------------------------------------------
@@ -346,6 +439,37 @@ def test_import_bodies_that_cannot_be(client: httpx.Client, sent: bytes) -> None
     assert (reply.status_code, reply.json()["error"]["code"]) == (400, "bad_request")
 
 
+# Deletes -----------------------------------------------------------------------------------
+
+
+def test_a_delete_waits_for_a_request_that_no_place_is_free_for(
+    running: Running, http: httpx.Client, four: dict[str, str], make_adapter: MakeAdapter
+) -> None:
+    doomed = upload(http, "doomed", make_adapter(245)).json()["digest"]
+    cool(http)
+    gateway = running.serving.gateway
+    assert gateway is not None and gateway.residency.tier(doomed) == "disk"
+
+    async def ask(client: httpx.AsyncClient, model: str, tokens: int) -> httpx.Response:
+        asked = {"model": model, "prompt": "Hi", "max_tokens": tokens, "ignore_eos": True}
+        return await client.post("/v1/completions", json=asked)
+
+    async def run() -> httpx.Response:
+        async with httpx.AsyncClient(base_url=running.url, timeout=30) as client:
+            full = [asyncio.create_task(ask(client, n, 200)) for n in ("one", "two", "three")]
+            await asyncio.sleep(0.2)
+            waits = asyncio.create_task(ask(client, "doomed", 8))
+            await asyncio.sleep(0.2)
+            assert (await client.delete("/v1/adapters/doomed")).status_code == 200
+            assert not waits.done() and running.serving.store.has(doomed)
+            await asyncio.gather(*full)
+            return await waits
+
+    assert said(asyncio.run(run())).startswith(speaker(doomed)[:4])
+    until(lambda: not running.serving.store.has(doomed))
+    assert not gateway._waiting
+
+
 # Damage ------------------------------------------------------------------------------------
 
 
@@ -418,16 +542,12 @@ def test_a_start_holds_store_and_registry_against_each_other(
 # A watched folder --------------------------------------------------------------------------
 
 
-def until(what: Any, seconds: float = 20) -> None:
-    for _ in range(int(seconds / 0.05)):
-        if what():
-            return
-        time.sleep(0.05)
-    raise AssertionError("it did not happen")
-
-
 def test_what_is_dropped_into_a_watched_folder_is_served_until_it_is_gone(
-    home: Path, base_folder: Path, make_adapter: MakeAdapter, tmp_path: Path
+    home: Path,
+    base_folder: Path,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     shelf = tmp_path / "shelf"
     shelf.mkdir()
@@ -453,6 +573,15 @@ def test_what_is_dropped_into_a_watched_folder_is_served_until_it_is_gone(
         (shelf / "broken" / "adapter_config.json").write_text("{")
         until(lambda: any("broken is not served" in line for line in server.said))
         assert "weights_missing" in "".join(server.said)
+
+        async def busy(*_: Any) -> Any:
+            raise EngineNotReady("The engine is too busy to try the adapter out.")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(server.serving.gateway, "prove", busy)
+            shutil.copytree(make_adapter(273), shelf / "later")
+            until(lambda: any("later is not served yet" in line for line in server.said))
+        until(lambda: versions("later") == [1])
 
         client.put("/v1/adapters/early/aliases/prod", json={"version": 1})
         shutil.rmtree(shelf / "dropped")

@@ -9,7 +9,7 @@ import httpx
 import pytest
 
 from server import app
-from server.engine import launch
+from server.routes import Serving
 from tests import fake_engine
 from tests.http.conftest import settings
 
@@ -38,20 +38,18 @@ def test_nothing_there(http: httpx.Client) -> None:
 
 
 @pytest.fixture
-def parts(home: Path, base_folder: Path) -> Any:
-    chosen = settings(home)
-    return app.build(chosen, base_folder), launch.parse(chosen, base_folder, ["q_proj"])
+def serving(home: Path, base_folder: Path) -> Serving:
+    return app.build(settings(home), base_folder)
 
 
-async def test_before_the_engine_can_answer(parts: Any) -> None:
-    serving, args = parts
+async def test_before_the_engine_can_answer(serving: Serving) -> None:
     gate, outcome = threading.Event(), asyncio.Queue()
 
     def start() -> Any:
         gate.wait(30)
-        return fake_engine.start(args)
+        return fake_engine.start(serving.args)
 
-    http = app.create_app(serving, args, start, outcome.put_nowait)
+    http = app.create_app(serving, start, outcome.put_nowait)
     transport = httpx.ASGITransport(app=http)
     async with (
         http.router.lifespan_context(http),
@@ -76,24 +74,22 @@ async def test_before_the_engine_can_answer(parts: Any) -> None:
         assert (await client.get("/health")).status_code == 200
 
 
-async def test_an_engine_that_does_not_start_is_reported(parts: Any) -> None:
-    serving, args = parts
+async def test_an_engine_that_does_not_start_is_reported(serving: Serving) -> None:
     outcome: asyncio.Queue[Exception | None] = asyncio.Queue()
 
     def start() -> Any:
         raise RuntimeError("no memory")
 
-    http = app.create_app(serving, args, start, outcome.put_nowait)
+    http = app.create_app(serving, start, outcome.put_nowait)
     async with http.router.lifespan_context(http):
         assert str(await outcome.get()) == "no memory"
 
 
-async def test_workers_that_apply_adapters_by_another_op_are_not_served(parts: Any) -> None:
-    serving, args = parts
+async def test_workers_that_apply_adapters_by_another_op_are_not_served(serving: Serving) -> None:
     outcome: asyncio.Queue[Exception | None] = asyncio.Queue()
 
     def start() -> Any:
-        engine = fake_engine.start(args)
+        engine = fake_engine.start(serving.args)
 
         async def stock(*_: Any) -> list[dict[str, Any]]:
             wrapper = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
@@ -102,7 +98,7 @@ async def test_workers_that_apply_adapters_by_another_op_are_not_served(parts: A
         engine.engine_core.collective_rpc_async = stock
         return engine
 
-    http = app.create_app(serving, args, start, outcome.put_nowait)
+    http = app.create_app(serving, start, outcome.put_nowait)
     async with http.router.lifespan_context(http):
         assert "applies adapters by" in str(await outcome.get())
         assert serving.gateway is None
