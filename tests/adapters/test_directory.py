@@ -53,5 +53,7 @@ def test_limits_and_existing_files(make, tmp_path, into):
     folder = make().write(tmp_path / "made")
     with pytest.raises(TooLarge):
         copy(folder, into, Transfer(300))
+    assert os.listdir(into) == []  # the sizes are looked at first
+    copy(folder, into, Transfer(10**6))
     with pytest.raises(StoreError):
         copy(folder, into, Transfer(10**6))
