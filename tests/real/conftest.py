@@ -11,6 +11,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+import torch
 
 START_S = 300  # the first start of all compiles the model: 90 on a quiet machine
 
@@ -58,6 +59,15 @@ class Server:
         assert self.process is not None
         self.process.send_signal(how)
         self.process.wait(30)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """For the references: threads that wait for each other crawl where others use the cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -11,7 +11,7 @@ import os
 import random
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -209,15 +209,6 @@ def loaded(name: str, folders: Mapping[str, Path], base: BaseSpec, at: Path) -> 
         assert validate.check(spec, base, MAX_RANK).problems == ()
         assert canonical.write(folders[name], spec, base, "BF16", into) == []
     return str(into)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """For the references: threads that wait for each other crawl where others use the cores."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
