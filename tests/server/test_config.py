@@ -70,3 +70,20 @@ def test_the_host_cache_holds_the_slots() -> None:
 def test_every_setting_is_described() -> None:
     for name, field in Settings.model_fields.items():
         assert field.description, name
+
+
+@pytest.mark.parametrize("by", ["flag", "flags", "environment"])
+def test_import_sources_are_listed_after_commas(monkeypatch: pytest.MonkeyPatch, by: str) -> None:
+    flags = {
+        "flag": ["--import-from", "hf://org,s3://bucket/a, file:///srv"],
+        "flags": ["--import-from", "hf://org", "--import-from", "s3://bucket/a,file:///srv"],
+        "environment": [],
+    }[by]
+    if by == "environment":
+        monkeypatch.setenv("LORAPLEX_IMPORT_FROM", "hf://org,s3://bucket/a,file:///srv")
+    assert Settings.read(flags).import_from == ("hf://org", "s3://bucket/a", "file:///srv")
+
+
+def test_an_import_source_that_means_nothing_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match="--import-from / LORAPLEX_IMPORT_FROM: "):
+        Settings.read(["--import-from", "hf://org,nonsense"])
