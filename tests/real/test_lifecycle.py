@@ -1,6 +1,7 @@
 """The real engine's say about a new adapter, and versions that move under its load."""
 
 import asyncio
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -65,8 +66,11 @@ def test_an_adapter_is_proven_while_others_stream(
 
     async def stream(client: httpx.AsyncClient, model: str) -> int:
         asked = {"model": model, "prompt": "On", "max_tokens": 150, "ignore_eos": True}
-        async with client.stream("POST", "/v1/completions", json=asked | {"stream": True}) as got:
-            return sum([line.startswith("data: {") async for line in got.aiter_lines()])
+        asked |= {"stream": True, "return_token_ids": True}  # tokens can share an event
+        async with client.stream("POST", "/v1/completions", json=asked) as got:
+            events = [line[6:] async for line in got.aiter_lines() if line.startswith("data: {")]
+        choices = [choice for event in events for choice in json.loads(event)["choices"]]
+        return sum(len(choice.get("token_ids") or ()) for choice in choices)
 
     async def both() -> list[int]:
         async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
