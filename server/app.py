@@ -55,7 +55,7 @@ def build(settings: Settings, folder: Path) -> Serving:
         ingest,
         Allowed(settings.import_from),
         proving,
-        max_bytes=settings.max_upload_mb * 10**6,
+        max_bytes=settings.max_upload_bytes,
         timeout_s=settings.import_timeout,
         allow_pickle=settings.allow_pickle,
     )

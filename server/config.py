@@ -185,6 +185,11 @@ class Settings(BaseSettings):
         return max(32, self.max_loras) if self.max_cpu_loras is None else self.max_cpu_loras
 
     @property
+    def max_upload_bytes(self) -> int:
+        """The largest adapter that is taken in, from wherever it comes."""
+        return self.max_upload_mb * 10**6
+
+    @property
     def base_name(self) -> str:
         """The name the base model is served by."""
         if self.served_model_name:

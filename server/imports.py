@@ -181,16 +181,14 @@ class Imports:
                 one.version, one.created = await self.ingest(
                     folder, one.name, pinned, alias, metadata
                 )
-            one.state = "ready"
         except (AdapterError, ServerError) as error:
             one.error = error
-            one.state = "failed"
         except BaseException as error:
             one.error = ServerError("The import failed; the server's log says why.")
-            one.state = "failed"
             if isinstance(error, Exception):
                 raise
         finally:
+            one.state = "ready" if one.error is None else "failed"
             one.ended = time.time()
             del self._running[key]
             self._ended = [*self._ended, one][-REMEMBERED:]

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from types import EllipsisType
 from typing import Annotated, Any
@@ -18,6 +19,7 @@ from adapters import jsontext
 from adapters.errors import AdapterNotFound
 from adapters.folder import CONFIG, belongs, disk
 from adapters.ingest import Inspection
+from adapters.peft import AdapterSpec
 from adapters.registry import Adapter, Version
 from adapters.sources import archive
 from server.errors import BadRequest, describe
@@ -102,19 +104,22 @@ async def add(
 @router.post(":check", openapi_extra=_form([], {}))
 async def check(request: Request, serving: Served) -> Json:
     """What an upload of these files would be told, and their algebra; stores nothing."""
-    limit = serving.settings.max_upload_mb * 10**6
-    with serving.store.staging() as arrived, serving.store.staging() as folder:
-        form = await receive(request, arrived, limit)
+    async with _received(request, serving) as (form, folder):
         _refuse_others(form, set())
         await run_sync(_collect, form, folder, serving)
         seen = await serving.imports.check(serving.ingest.check, folder)
     return _show_inspection(seen)
 
 
-async def _upload(request: Request, serving: Serving) -> Response:
-    limit = serving.settings.max_upload_mb * 10**6
+@asynccontextmanager
+async def _received(request: Request, serving: Serving) -> AsyncIterator[tuple[Form, Path]]:
+    """A request's form, its files on disk, and an empty staging folder for the adapter in it."""
     with serving.store.staging() as arrived, serving.store.staging() as folder:
-        form = await receive(request, arrived, limit)
+        yield await receive(request, arrived, serving.settings.max_upload_bytes), folder
+
+
+async def _upload(request: Request, serving: Serving) -> Response:
+    async with _received(request, serving) as (form, folder):
         name, alias, metadata = _fields(form)
         serving.ingest.check_name(name)
         await run_sync(_collect, form, folder, serving)
@@ -285,8 +290,9 @@ def _collect(form: Form, folder: Path, serving: Serving) -> None:
     if bool(loose) == bool(packed) or len(packed) > 1:
         raise BadRequest("Send either the adapter's files in `files`, or one `archive`.", "files")
     if packed:
-        limit = serving.settings.max_upload_mb * 10**6
-        archive.unpack(packed[0], folder, limit, allow_pickle=serving.settings.allow_pickle)
+        settings = serving.settings
+        limit, allow_pickle = settings.max_upload_bytes, settings.allow_pickle
+        archive.unpack(packed[0], folder, limit, allow_pickle=allow_pickle)
         return
     with disk("keep an upload"):
         for path in filter(lambda each: belongs(each.name), loose):
@@ -314,14 +320,7 @@ def _show_version(serving: Serving, version: Version) -> Json:
         "digest": version.digest,
         "state": version.state,
         "created": int(version.created.timestamp()),
-        "rank": version.rank,
-        "alpha": version.alpha,
-        "rslora": version.rslora,
-        "target_modules": version.target_modules,
-        "dtype": version.dtype,
-        "bytes": version.bytes,
-        "parameters": version.parameters,
-        "base_model": version.base_model,
+        **_described(version),
         "source": version.source,
         **({"reason": version.reason} if version.reason else {}),
         "residency": gateway.residency.tier(version.digest) if gateway else "disk",
@@ -332,6 +331,20 @@ def _show_version(serving: Serving, version: Version) -> Json:
         shown["checks"] = version.checks
         shown["algebra"] = version.algebra
     return shown
+
+
+def _described(adapter: Version | AdapterSpec) -> Json:
+    """What an adapter says of itself, stored or not."""
+    return {
+        "rank": adapter.rank,
+        "alpha": adapter.alpha,
+        "rslora": adapter.rslora,
+        "target_modules": adapter.target_modules,
+        "dtype": adapter.dtype,
+        "bytes": adapter.bytes,
+        "parameters": adapter.parameters,
+        "base_model": adapter.base_model,
+    }
 
 
 def _config(serving: Serving, digest: str) -> Json | None:
@@ -365,17 +378,7 @@ def _show_import(one: Import) -> Json:
 def _show_inspection(seen: Inspection) -> Json:
     shown: Json = {"object": "adapter.check", "ok": seen.algebra is not None}
     if seen.spec is not None:
-        spec = seen.spec
-        shown |= {
-            "rank": spec.rank,
-            "alpha": spec.alpha,
-            "rslora": spec.rslora,
-            "target_modules": spec.target_modules,
-            "dtype": spec.dtype,
-            "bytes": spec.bytes,
-            "parameters": spec.parameters,
-            "base_model": spec.base_model,
-        }
+        shown |= _described(seen.spec)
     advice = [each.as_dict() for each in seen.advice]
     algebra = None if seen.algebra is None else seen.algebra.as_dict()
     return shown | {"checks": seen.report.as_dict() | {"advice": advice}, "algebra": algebra}

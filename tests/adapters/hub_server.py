@@ -8,15 +8,16 @@ import re
 import threading
 import time
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote
+
+from tests.adapters.loopback import BLOCK, Replies
 
 REPO = "org/sql"
 COMMIT = "0123456789" * 4
 REVISIONS = ("main", "v1", "refs/pr/1", COMMIT)
 PREFIX = f"^/({REPO}/resolve/{COMMIT}|content)/"
-BLOCK = 16_384
 
 
 @dataclass
@@ -76,14 +77,8 @@ class Hub:
         }
 
 
-def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-
-        def log_message(self, *_: object) -> None:
-            pass
-
+def _handler(hub: Hub) -> type[Replies]:
+    class Handler(Replies):
         def do_GET(self) -> None:
             path = self.path.partition("?")[0]
             hub.seen.append((path, {k.lower(): v for k, v in self.headers.items()}))
@@ -140,12 +135,5 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
             if drop is not None:
                 self.close_connection = True
-
-        def _reply(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
 
     return Handler

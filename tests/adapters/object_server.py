@@ -9,24 +9,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
+from tests.adapters.loopback import BLOCK, Replies, running
+
 WHEN = "Wed, 21 Oct 2015 07:28:00 GMT"
-BLOCK = 16_384
-
-
-@contextmanager
-def running(server: socketserver.BaseServer) -> Iterator[None]:
-    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})
-    thread.start()
-    try:
-        yield
-    finally:
-        server.shutdown()
-        server.server_close()
-        thread.join()
 
 
 @dataclass
@@ -73,14 +62,8 @@ class Objects:
         return f"{contents}<Blobs>{blobs}</Blobs><NextMarker/>"
 
 
-def _handler(store: Objects) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-        disable_nagle_algorithm = True
-
-        def log_message(self, *_: object) -> None:
-            pass
-
+def _handler(store: Objects) -> type[Replies]:
+    class Handler(Replies):
         def do_GET(self) -> None:
             split = urlsplit(self.path)
             store.seen.append((self.path, {k.lower(): v for k, v in self.headers.items()}))
@@ -130,13 +113,6 @@ def _handler(store: Objects) -> type[BaseHTTPRequestHandler]:
                 self.close_connection = True
                 if store.changes:
                     store.etag = "2"
-
-        def _reply(self, status: int, headers: dict[str, str], body: bytes = b"") -> None:
-            self.send_response(status)
-            for name, value in {**headers, "Content-Length": str(len(body))}.items():
-                self.send_header(name, value)
-            self.end_headers()
-            self.wfile.write(body)
 
     return Handler
 

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gzip
 import io
 import os
 import stat
@@ -18,32 +17,9 @@ from hypothesis import strategies as st
 from adapters.errors import AdapterError, InvalidAdapter, TooLarge
 from adapters.sources.archive import unpack
 from adapters.store import digest
+from tests.adapters.corpus import KINDS, compressed, pack
 
-KINDS = ["zip", "tar", "tar.gz", "tar.zst"]
 BOTH = {"adapter_config.json": b"{}", "adapter_model.safetensors": b"x"}
-
-
-def pack(kind: str, entries: list[tuple[str, bytes]]) -> bytes:
-    packed = io.BytesIO()
-    if kind == "zip":
-        with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
-            for name, content in entries:
-                archive.writestr(name, content)
-    else:
-        with tarfile.open(fileobj=packed, mode="w") as archive:
-            for name, content in entries:
-                member = tarfile.TarInfo(name)
-                member.size = len(content)
-                archive.addfile(member, io.BytesIO(content))
-    return compress(kind, packed.getvalue())
-
-
-def compress(kind: str, content: bytes) -> bytes:
-    if kind == "tar.gz":
-        return gzip.compress(content, 1)
-    if kind == "tar.zst":
-        return zstandard.ZstdCompressor(write_checksum=True).compress(content)
-    return content
 
 
 @pytest.fixture
@@ -187,7 +163,7 @@ def test_too_many_entries(open_archive, kind):
 def test_a_tar_header_cannot_ask_for_memory(open_archive, kind):
     member = tarfile.TarInfo("pax")
     member.type, member.size = tarfile.XHDTYPE, 2**32
-    tar = compress(kind, member.tobuf(tarfile.USTAR_FORMAT) + b"\0" * 50_000_000)
+    tar = compressed(kind, member.tobuf(tarfile.USTAR_FORMAT) + b"\0" * 50_000_000)
     tracemalloc.start()
     try:
         assert code(open_archive, tar, max_bytes=2**40) == ["archive_broken"]
@@ -203,7 +179,7 @@ def test_a_zip_table_of_contents_cannot_ask_for_memory(open_archive):
 
 def test_zstd_in_several_frames_and_pieces(open_archive):
     tar = pack("tar", list(BOTH.items()))
-    frames = [compress("tar.zst", tar[at : at + 700]) for at in range(0, len(tar), 700)]
+    frames = [compressed("tar.zst", tar[at : at + 700]) for at in range(0, len(tar), 700)]
     skipped = b"\x50\x2a\x4d\x18\x04\0\0\0oops"
     assert open_archive(frames[0] + skipped + b"".join(frames[1:])) == BOTH
 
@@ -258,7 +234,7 @@ def test_a_damaged_archive_is_unpacked_or_refused(kind, packed, data):
     for _ in range(data.draw(st.integers(1, 4))):
         content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
     content = content[: data.draw(st.just(len(content)) | st.integers(0, len(content)))]
-    damaged = bytes(content) if packed else compress(kind, bytes(content))
+    damaged = bytes(content) if packed else compressed(kind, bytes(content))
     with tempfile.TemporaryDirectory() as root:
         Path(root, "archive").write_bytes(damaged)
         into = Path(root, "into")
