@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -89,6 +89,7 @@ _versions = sa.Table(
     sa.Column("checks", sa.JSON, nullable=False),
     sa.Column("algebra", sa.JSON, nullable=False),
     sa.Column("reason", sa.Text),
+    sa.Column("pinned", sa.Boolean),
     sa.UniqueConstraint("adapter_id", "number"),
     sqlite_autoincrement=True,
 )
@@ -132,8 +133,8 @@ class Version:
 
     `id` is unique among all versions of all adapters for ever, `number` among the adapter's.
     `bytes` is the weights file's size, `parameters` what A and B have in numbers, `source` where
-    the files came from. `reason` says why a version is quarantined. `checks` and `algebra` are
-    None where many versions are read at once.
+    the files came from. `reason` says why a version is quarantined. `pinned`: it is to be kept
+    loaded. `checks` and `algebra` are None where many versions are read at once.
     """
 
     id: int
@@ -152,6 +153,7 @@ class Version:
     base_model: str | None
     source: str
     reason: str | None = None
+    pinned: bool = False
     checks: Mapping[str, Any] | None = None
     algebra: Mapping[str, Any] | None = None
 
@@ -398,6 +400,22 @@ class Registry:
     def heal(self, digest: str) -> None:
         """Serves the versions with `digest` again, if they were quarantined."""
         self._write(lambda db: _heal(db, digest))
+
+    def pin(self, version: Version, pinned: bool) -> None:
+        """Notes that a version is to be kept loaded, or not any more."""
+        it = _versions.update().where(_versions.c.id == version.id).values(pinned=pinned)
+        self._write(lambda db: db.execute(it))
+
+    def pinned(self) -> Sequence[Version]:
+        """The ready versions that are to be kept loaded, those first that came first."""
+        query = (
+            sa.select(_adapters.c.name.label("adapter"), *_BRIEF)
+            .join_from(_versions, _adapters)
+            .where(_versions.c.pinned.is_(True), _versions.c.state == READY)
+            .order_by(_versions.c.id)
+        )
+        with self._read() as db:
+            return [_version(row.adapter, row) for row in db.execute(query)]
 
     def references_to(self, digest: str) -> Iterable[str]:
         """`name@number` of every version with `digest`, but for deleted ones."""
@@ -688,7 +706,7 @@ def _assemble(db: sa.Connection, adapters: Iterable[sa.Row[Any]]) -> list[Adapte
 
 
 def _version(adapter: str, row: sa.Row[Any]) -> Version:
-    fields = dict(row._mapping) | {"adapter": adapter}
+    fields = dict(row._mapping) | {"adapter": adapter, "pinned": bool(row.pinned)}
     del fields["adapter_id"]
     if isinstance(fields["target_modules"], list):
         fields["target_modules"] = tuple(fields["target_modules"])

@@ -4,7 +4,6 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 from fastapi import FastAPI
 
@@ -17,15 +16,11 @@ from adapters.sources.address import Allowed
 from adapters.store import Store
 from server.config import DEFAULT_MODEL, Settings
 from server.engine import launch
-from server.engine.handlers import Handlers
-from server.gateway import Gateway, Proving
+from server.gateway import Proving
 from server.imports import Imports
 from server.routes import Serving, adapters, failure, models, openai, ops
+from server.supervisor import Say, Start, Supervisor
 from server.watch import Watch
-
-Start = Callable[[], Any]
-Say = Callable[[str], None]
-ENGINE_GRACE_S = 1.0  # until an engine that does not end by itself is killed
 
 
 def build(settings: Settings, folder: Path) -> Serving:
@@ -73,14 +68,14 @@ def create_app(
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
-        running = asyncio.create_task(_run(serving, start, done, say))
+        supervisor = Supervisor(serving, start, say)
+        running = asyncio.create_task(_run(serving, supervisor, done, say))
         yield
         running.cancel()
         serving.proving.give_up()
         serving.imports.stop()
         await asyncio.wait([running])
-        if serving.gateway is not None:
-            await asyncio.to_thread(serving.gateway.shutdown, timeout=ENGINE_GRACE_S)
+        await supervisor.stop()
         serving.registry.close()
 
     app = FastAPI(
@@ -96,35 +91,22 @@ def create_app(
 
 
 async def _run(
-    serving: Serving, start: Start, done: Callable[[Exception | None], None], say: Say
+    serving: Serving,
+    supervisor: Supervisor,
+    done: Callable[[Exception | None], None],
+    say: Say,
 ) -> None:
     try:
-        handlers = await _start_engine(serving, start)
+        handlers = await supervisor.begin()
         await _offer_demos(serving, say)
+        await supervisor.pin()
         serving.handlers = handlers  # from here on the server is ready
     except Exception as error:
         serving.proving.give_up()
         done(error)
         return
     done(None)
-    await asyncio.gather(_audit(serving, say), _watch(serving, say))
-
-
-async def _start_engine(serving: Serving, start: Start) -> Handlers:
-    """Starts it, so that adapters can be proven; returns what requests will be answered by."""
-    engine = await asyncio.to_thread(start)
-    serving.remarks = await launch.verify(engine)
-    gateway = Gateway(
-        engine,
-        serving.registry,
-        serving.ingest,
-        (serving.settings.base_name, "base"),
-        serving.settings.host_capacity,
-    )
-    handlers = await Handlers.build(gateway, serving.args)
-    serving.gateway = gateway
-    serving.proving.begin(gateway)
-    return handlers
+    await asyncio.gather(_audit(serving, say), _watch(serving, say), supervisor.keep())
 
 
 async def _offer_demos(serving: Serving, say: Say) -> None:

@@ -1,5 +1,6 @@
 """The settings of a server: one frozen object, from flags and the environment."""
 
+import math
 import os
 from pathlib import Path
 from typing import Annotated, Any
@@ -109,6 +110,45 @@ class Settings(BaseSettings):
     demo_adapters: Annotated[
         bool, Field(description="Offer sql, code and poetry when the base is the default one.")
     ] = True
+    weights: Annotated[
+        dict[str, float],
+        NoDecode,
+        Field(
+            description="Shares of adapters where they compete, like sql=3,base=2; 1 for those "
+            "that are not named."
+        ),
+    ] = {}
+    key_weights: Annotated[
+        dict[str, float],
+        NoDecode,
+        Field(
+            description="Shares of API keys that call the same adapter: the first 12 digits of the "
+            "key's sha256, like 9f86d081884c=4; 1 for others."
+        ),
+    ] = {}
+    max_waiting: Annotated[
+        int, Field(ge=1, description="Requests that may wait for their turn; more get a 429.")
+    ] = 2048
+    max_waiting_per_adapter: Annotated[
+        int, Field(ge=1, description="The same, for one adapter or the base.")
+    ] = 512
+    max_waiting_per_key: Annotated[int, Field(ge=1, description="The same, with one API key.")] = (
+        1024
+    )
+    queue_timeout: Annotated[
+        float, Field(gt=0, description="Seconds that a request may wait for its turn.")
+    ] = 600
+    load_timeout: Annotated[
+        float, Field(gt=0, description="Seconds that loading an adapter from disk may take.")
+    ] = 60
+    engine_timeout: Annotated[
+        float,
+        Field(
+            gt=0,
+            description="Seconds that the engine may be silent with work to do; then it is "
+            "started anew.",
+        ),
+    ] = 120
     compile: Annotated[
         bool | None,
         Field(
@@ -141,6 +181,25 @@ class Settings(BaseSettings):
     def _prefixes(cls, prefixes: tuple[str, ...]) -> tuple[str, ...]:
         Allowed(prefixes)
         return prefixes
+
+    @field_validator("weights", "key_weights", mode="before")
+    @classmethod
+    def _by_name(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        pairs = [part.rpartition("=") for part in value.split(",") if part.strip()]
+        for name, sign, weight in pairs:
+            if not sign or not name.strip():
+                raise ValueError(f"write NAME=NUMBER, several after commas, not {name + weight}")
+        return {name.strip(): weight for name, _, weight in pairs}
+
+    @field_validator("weights", "key_weights")
+    @classmethod
+    def _shares(cls, weights: dict[str, float]) -> dict[str, float]:
+        for name, weight in weights.items():
+            if not 0 < weight < math.inf:
+                raise ValueError(f"the share of {name} must be above 0, not {weight}")
+        return weights
 
     @field_validator("max_lora_rank")
     @classmethod

@@ -28,6 +28,30 @@ class AdapterLoadFailed(ServerError):
     code = "adapter_load_failed"
 
 
+class AdapterLoadTimeout(ServerError):
+    """Loading an adapter has taken too long."""
+
+    code = "adapter_load_timeout"
+
+
+class AdapterInUse(ServerError):
+    """An adapter cannot be unloaded: requests use it, or it is pinned."""
+
+    code = "adapter_in_use"
+
+
+class TooManyPinned(ServerError):
+    """No further adapter can be pinned."""
+
+    code = "too_many_pinned"
+
+
+class Overloaded(ServerError):
+    """So much waits already that a request is refused, or it has waited too long."""
+
+    code = "overloaded"
+
+
 class AdapterConflict(ServerError):
     """`adapter` and `model` name two different adapters."""
 
@@ -51,6 +75,10 @@ STATUS: dict[type[Exception], int] = {
     ServerError: 500,
     EngineNotReady: 503,
     AdapterLoadFailed: 503,
+    AdapterLoadTimeout: 503,
+    AdapterInUse: 409,
+    TooManyPinned: 409,
+    Overloaded: 429,
     AdapterConflict: 400,
     BadRequest: 400,
     TooManyImports: 429,

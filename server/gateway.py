@@ -1,15 +1,18 @@
 """The engine client that vLLM's handlers talk to: everything that is Loraplex about a request.
 
-For every endpoint, once: resolve the reference, make the version resident, hold the lease, stream,
-release. What may be served comes from the registry; what the engine holds is derived from it.
+For every endpoint, once: resolve the reference, wait for its turn, have the version resident, hold
+the lease, stream, count tokens, release. What may be served comes from the registry; what the
+engine holds is derived from it. Who runs next is `admission`'s to say and what is loaded
+`residency`'s: both decide, and `_decide` here does what they say.
 """
 
 import asyncio
 import itertools
 import time
-from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing, asynccontextmanager, contextmanager
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing, asynccontextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +21,49 @@ from adapters.errors import AdapterError, AdapterNotFound, InvalidAdapter, Inval
 from adapters.ingest import Ingest
 from adapters.names import Reference
 from adapters.registry import Registry, Version
+from server.admission import Admission, Ticket
 from server.engine.call import Call, LoRARequest, current
-from server.engine.proof import Prover
-from server.errors import AdapterConflict, AdapterLoadFailed, EngineNotReady
-from server.residency import Entry, Load, Residency
+from server.engine.loading import Loader, LoadFailed
+from server.engine.meter import Meter, most_tokens, produced, prompt_tokens
+from server.engine.proof import PROMPTS, Prover
+from server.errors import (
+    AdapterConflict,
+    AdapterInUse,
+    AdapterLoadFailed,
+    AdapterLoadTimeout,
+    EngineNotReady,
+    Overloaded,
+    ServerError,
+    TooManyPinned,
+)
+from server.residency import Entry, Load, Residency, State, Swap
 
 PROOF_TIMEOUT_S = 300  # an engine so busy that a new adapter gets no turn in this time
+PROOFS = "(proofs)"  # whose share proofs use: no adapter can be called that
+LOADING = 2  # adapters that are loaded at once
+ENDED = "The engine has ended and is being started again. Ask again in a moment."
+WATCH_S = 0.2  # between two looks at whether the engine has ended
+ASKED = 4  # times that a busy engine is asked for a sign in the time that it may be silent
+TICK_S = 0.02  # between two looks at the tokens of those that run, while somebody waits
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds: that a request may wait, that a load may take, that the engine may be silent."""
+
+    queue: float = 600
+    load: float = 60
+    silence: float = 120
+
+
+@dataclass(eq=False)
+class _Turn:
+    """What the gateway knows of a request besides its ticket."""
+
+    lora: LoRARequest | None
+    request_id: str | None
+    granted: asyncio.Future[None]
+    entry: Entry | None = None
 
 
 class Gateway:
@@ -39,34 +79,50 @@ class Gateway:
         registry: Registry,
         ingest: Ingest,
         base_names: tuple[str, ...],
-        capacity: int,
+        admission: Admission,
+        residency: Residency,
+        times: Times,
+        numbers: "itertools.count[int]",
     ) -> None:
-        """`capacity` is the size of the host cache, in versions."""
+        """`numbers` gives the ids, of all engines of this process; the first base name is its own.
+
+        `admission` and `residency` are new, and know each other.
+        """
         self._engine = engine
         self._registry = registry
         self._ingest = ingest
+        self._loader = Loader(engine)
         self._prover = Prover(engine)
         self._proofs = asyncio.Semaphore(1)
         self.base_names = base_names
-        self.residency = Residency(capacity)
-        self._numbers = itertools.count(1)
+        self.admission = admission
+        self.residency = residency
+        self.times = times
+        self.refused = 0  # requests, for waiting too long or among too many
+        self._numbers = numbers
         self._ids: dict[str, int] = {}
-        self._loads: dict[str, asyncio.Task[None]] = {}
-        self._changed: asyncio.Future[None] | None = None
+        self._turns: dict[Ticket, _Turn] = {}
+        self._loads: dict[str, asyncio.Task[Exception | None]] = {}
+        self._swaps: dict[str, asyncio.Task[Exception | None]] = {}
         self._retiring: set[str] = set()
-        self._waiting: Counter[str] = Counter()  # requests that no place is free for
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._ticking: asyncio.Task[None] | None = None
+        # Of its own: a disk that hangs must not take the threads that others need.
+        self._readers = ThreadPoolExecutor(LOADING, "vouch")
+        self._suspects: frozenset[str] | None = None
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
 
     def check(self) -> None:
         """Raises EngineNotReady if the engine has ended."""
-        if self._engine.errored:
-            raise EngineNotReady("The engine has ended; the server must be restarted.")
+        if self._suspects is not None or self._engine.errored:
+            raise EngineNotReady(ENDED)
 
-    async def open(self, adapter: str | None, model: str | None) -> Call:
+    async def open(self, adapter: str | None, model: str | None, key: str = "") -> Call:
         """Decides what a request runs on, for itself and for vLLM's handlers after it.
+
+        `key` is who asks, for the shares of keys.
 
         Raises:
             AdapterConflict: `adapter` and `model` name different adapters.
@@ -82,7 +138,7 @@ class Gateway:
                 param="adapter",
             )
         asked = adapter or model or self.base_names[0]
-        call = Call(asked)
+        call = Call(asked, key)
         if asked not in self.base_names:
             call.version = await self.resolve(asked, "adapter" if adapter else "model")
             call.lora = self._request(call.version)
@@ -98,12 +154,17 @@ class Gateway:
         lora_request: LoRARequest | None = None,
         **options: Any,
     ) -> AsyncGenerator[Any, None]:
-        """vLLM's generate, with the adapter resident from before the first step to the last."""
+        """vLLM's generate, when it is its turn, with the adapter in a slot from first to last."""
+        size = prompt_tokens(prompt)
+        most = most_tokens(sampling_params, self._engine, size)
+        ticket = self._ticket(lora_request, size, most, sampling_params.n or 1)
+        meter = Meter(sampling_params)
         stream = self._engine.generate(
             prompt, sampling_params, request_id, lora_request=lora_request, **options
         )
-        async with self._resident(lora_request), aclosing(stream):
+        async with self._turn(ticket, lora_request, request_id), aclosing(stream):
             async for output in stream:
+                self._progress(ticket, meter.add(output))
                 yield output
 
     async def encode(
@@ -115,35 +176,38 @@ class Gateway:
         **options: Any,
     ) -> AsyncGenerator[Any, None]:
         """vLLM's encode, likewise."""
+        ticket = self._ticket(lora_request, prompt_tokens(prompt), 1)
         stream = self._engine.encode(
             prompt, pooling_params, request_id, lora_request=lora_request, **options
         )
-        async with self._resident(lora_request), aclosing(stream):
+        async with self._turn(ticket, lora_request), aclosing(stream):
             async for output in stream:
                 yield output
-
-    def retire(self, digests: list[str]) -> None:
-        """Unloads and removes versions that the registry has let go, each with its last lease."""
-        for digest in digests:
-            self._retiring.add(digest)
-            self._finish_retiring(digest)
 
     async def prove(self, digest: str, folder: Path) -> Effect:
         """What the adapter in `folder`, which is not sealed yet, does to the base's next tokens.
 
-        One at a time. Raises InvalidAdapter if the engine cannot load it, EngineNotReady.
+        One at a time. Raises InvalidAdapter if the engine cannot load it, EngineNotReady,
+        Overloaded.
         """
         self.check()
         lora = LoRARequest(digest, self._id(digest), str(folder))
+        ticket = Ticket(PROOFS, digest, sum(map(prompt_tokens, PROMPTS)), most=1)
         effect = None
         try:
-            async with asyncio.timeout(PROOF_TIMEOUT_S), self._proofs, self._resident(lora):
+            async with (
+                asyncio.timeout(PROOF_TIMEOUT_S),
+                self._proofs,
+                self._turn(ticket, lora),
+            ):
                 effect = await self._prover.measure(lora)
         except AdapterLoadFailed as error:
             self.check()
             raise InvalidAdapter([_not_loaded(error)]) from error
         except TimeoutError:
             raise EngineNotReady("The engine is too busy to try the adapter out.") from None
+        except ServerError:
+            raise
         except Exception as error:
             self.check()
             raise EngineNotReady("The engine could not try the adapter out.") from error
@@ -175,6 +239,325 @@ class Gateway:
             error.param = param
             raise
 
+    # -- residency by hand --------------------------------------------------------------------
+
+    async def load(self, version: Version) -> None:
+        """Has `version` on the host; what requests wait for goes first.
+
+        Raises AdapterLoadFailed, AdapterError, EngineNotReady, and Overloaded if there is no place.
+        """
+        self.check()
+        digest = version.digest
+        if self.residency.standing(digest) is None and (
+            len(self._loads) >= LOADING
+            or not self._begin(self._request(version), self.admission.waits)
+        ):
+            raise Overloaded("Other adapters are being loaded, or all places are in use.")
+        if (task := self._loads.get(digest)) is not None:
+            await _done(task)
+
+    def unload(self, version: Version) -> None:
+        """Takes `version` out of the engine. Raises AdapterInUse."""
+        digest = version.digest
+        if self.residency.is_pinned(digest):
+            raise AdapterInUse(f"{version.reference} is pinned. Unpin it first.")
+        if self.admission.has(digest) or digest in self._loads:
+            raise AdapterInUse(f"Requests use {version.reference}. Ask again when they have ended.")
+        if self.residency.drop(digest):
+            self._spawn(self._drop(digest))
+
+    async def pin(self, version: Version) -> None:
+        """Loads `version`, and keeps it loaded. Raises what `load` raises, and TooManyPinned."""
+        await self.load(version)
+        if not self.residency.pin(version.digest):
+            places = self.residency.places - self.residency.slots
+            raise TooManyPinned(
+                f"{places} adapters can be pinned: as many as the host cache holds beyond the "
+                "slots. Unpin one, or start the server with a larger --max-cpu-loras."
+            )
+
+    # -- the end ------------------------------------------------------------------------------
+
+    def retire(self, digests: list[str]) -> None:
+        """Unloads and removes versions that the registry has let go, each with its last request."""
+        for digest in digests:
+            self._retiring.add(digest)
+            self._finish_retiring(digest)
+
+    async def ended(self) -> str:
+        """Returns when the engine has ended or hangs, with what to say of it."""
+        asked = time.monotonic()
+        while not self._engine.errored:
+            await asyncio.sleep(WATCH_S)
+            now = time.monotonic()
+            if not self.admission.busy and not self._loads:
+                asked = now
+            if now - asked < self.times.silence / ASKED:
+                continue
+            asked = now
+            try:
+                # The engine answers between two steps.
+                async with asyncio.timeout(self.times.silence):
+                    await self._loader.resident()
+            except TimeoutError:
+                return f"the engine has made no step for {self.times.silence:.0f} s"
+            except Exception as error:
+                if not self._engine.errored:
+                    return f"the engine is not what it should be: {error}"
+        return "the engine has ended"
+
+    def close(self) -> frozenset[str]:
+        """Ends all requests with EngineNotReady; returns the digests that were in the engine."""
+        suspects = self._note_end()
+        for turn in self._turns.values():
+            if not turn.granted.done():
+                turn.granted.set_exception(EngineNotReady(ENDED))
+        for task in (*self._tasks, *([self._ticking] if self._ticking else [])):
+            task.cancel()
+        self._readers.shutdown(wait=False, cancel_futures=True)
+        return suspects
+
+    def left_behind(self) -> list[str]:
+        """What would be wrong to find when no request is under way: nothing, or what it is."""
+        found = [f"ticket {ticket}" for ticket in self._turns]
+        found += [f"waiting or running: {name}" for name in self.admission.counts()]
+        found += [f"leases on {e.digest}" for e in self.residency.entries() if e.leases]
+        found += [f"loading {digest}" for digest in self._loads]
+        found += [f"into a slot: {digest}" for digest in self._swaps]
+        return found + [f"admission: {what}" for what in self.admission.left_behind()]
+
+    # -- a request's turn ---------------------------------------------------------------------
+
+    def _ticket(self, lora: LoRARequest | None, prompt: int, most: int, seats: int = 1) -> Ticket:
+        call = current.get(Call(""))
+        adapter = call.version.adapter if call.version else self.base_names[0]
+        return Ticket(adapter, lora.lora_name if lora else None, prompt, most, call.key, seats)
+
+    @asynccontextmanager
+    async def _turn(
+        self, ticket: Ticket, lora: LoRARequest | None, request_id: str | None = None
+    ) -> AsyncIterator[None]:
+        """Inside, it is the ticket's turn, and `lora` is in a slot. What ends a call is noted."""
+        call = current.get(Call(""))
+        try:
+            self.check()
+            await self._wait(ticket, lora, request_id, call)
+            try:
+                yield
+            except Exception as error:
+                if self._engine.errored:
+                    self._note_end()
+                    raise EngineNotReady(ENDED) from error
+                raise
+            finally:
+                self._leave(ticket)
+        except Exception as error:
+            call.error = error
+            raise
+
+    async def _wait(
+        self, ticket: Ticket, lora: LoRARequest | None, request_id: str | None, call: Call
+    ) -> None:
+        began = ticket.arrived = time.monotonic()
+        warm = ticket.digest is None or self.residency.standing(ticket.digest) is State.HOST
+        try:
+            self.admission.join(ticket)
+        except Overloaded:
+            self.refused += 1
+            raise
+        if ticket.digest is not None:
+            self.residency.counts.hits += warm
+            self.residency.counts.misses += not warm
+        turn = _Turn(lora, request_id, asyncio.get_running_loop().create_future())
+        self._turns[ticket] = turn
+        try:
+            self._decide()
+            await turn.granted
+            if ticket.digest in self._swaps:
+                await _done(self._swaps[ticket.digest])
+        except BaseException:
+            self._leave(ticket)
+            raise
+        waited = time.monotonic() - began
+        load = 0.0 if warm or turn.entry is None else min(waited, turn.entry.load_s)
+        call.queue_ms, call.load_ms = (waited - load) * 1000, load * 1000
+
+    def _leave(self, ticket: Ticket) -> None:
+        turn = self._turns.pop(ticket)
+        self.admission.leave(ticket)
+        if turn.entry is not None:
+            proof = ticket.adapter == PROOFS and turn.entry.uses == 1
+            self.residency.release(turn.entry, useless=proof)
+        if ticket.digest in self._retiring:
+            self._finish_retiring(ticket.digest)
+        self._decide()
+
+    def _progress(self, ticket: Ticket, tokens: int) -> None:
+        first = not ticket.output and tokens
+        self.admission.progress(ticket, tokens)
+        if first and len(self.admission):
+            self._decide()
+
+    # -- doing what was decided ---------------------------------------------------------------
+
+    def _decide(self) -> None:
+        """Begins what loads and grants what turns there are to begin and grant now."""
+        if self._suspects is not None:
+            return
+        self._load_wanted()
+        while (ticket := self.admission.next()) is not None:
+            self._grant(ticket)
+        self._load_wanted()
+        if len(self.admission) and self._ticking is None:
+            self._ticking = asyncio.create_task(self._tick())
+
+    def _grant(self, ticket: Ticket) -> None:
+        turn = self._turns[ticket]
+        if turn.lora is not None and ticket.digest is not None:
+            turn.entry = self.residency.lease(ticket.digest)
+            if (swap := self.residency.enter(ticket.digest)) is not None:
+                task = self._spawn(self._swap(turn.lora, swap))
+                self._swaps[ticket.digest] = task
+        if not turn.granted.done():
+            turn.granted.set_result(None)
+
+    def _load_wanted(self) -> None:
+        """Has what requests wait for loaded, in the order in which their turns come."""
+        while len(self._loads) < LOADING and (digest := self.admission.wanted()) is not None:
+            lora = self._turns[self.admission.waiting(digest)[0]].lora
+            assert lora is not None  # noqa: S101 (the base is never loaded)
+
+            def before(other: str, digest: str = digest) -> bool:
+                return self.admission.precedes(other, digest)
+
+            # What nobody waits for goes first, then what is waited for by those who come later.
+            if not self._begin(lora, self.admission.waits) and not self._begin(lora, before):
+                return
+
+    def _begin(self, lora: LoRARequest, keep: Callable[[str], bool]) -> bool:
+        load = self.residency.begin(lora.lora_name, keep)
+        if load is None:
+            return False
+        if load.evict is not None:
+            # First, and not with the load: what goes into its slot meanwhile comes after this.
+            self._spawn(self._drop(load.evict))
+        self._loads[load.digest] = self._spawn(self._load(lora, load))
+        return True
+
+    async def _load(self, lora: LoRARequest, load: Load) -> Exception | None:
+        """Loads; the requests that wait for it get the error that it returns, and nobody else."""
+        began = time.monotonic()
+        error: Exception | None = None
+        try:
+            async with asyncio.timeout(self.times.load):
+                size = await self._vouch(lora)
+                await self._loader.stage(lora, [])
+        except TimeoutError:
+            error = AdapterLoadTimeout(
+                f"Loading {load.digest} has taken more than {self.times.load:.0f} s. Ask again."
+            )
+        except AdapterError as refused:
+            error = refused
+        except LoadFailed as failed:
+            error = AdapterLoadFailed(
+                f"The adapter {load.digest} could not be loaded into the engine: {failed}"
+            )
+        except Exception as unexpected:
+            error = self._unexpected(unexpected, load.digest)
+        del self._loads[load.digest]
+        if error is None:
+            self.residency.loaded(load.digest, time.monotonic() - began, size)
+        else:
+            self._refuse(load.digest, error)
+            self.residency.failed(load.digest)
+        if load.digest in self._retiring:
+            self._finish_retiring(load.digest)
+        self._decide()
+        return error
+
+    async def _vouch(self, lora: LoRARequest) -> int:
+        """Makes sure of the files to load; returns their bytes."""
+
+        def vouch() -> int:
+            if lora.lora_path == str(self._ingest.form(lora.lora_name)):
+                self._ingest.vouch(lora.lora_name)
+            return sum(each.stat().st_size for each in Path(lora.lora_path).iterdir())
+
+        return await asyncio.get_running_loop().run_in_executor(self._readers, vouch)
+
+    async def _swap(self, lora: LoRARequest, swap: Swap) -> Exception | None:
+        out = None if swap.out is None else self._ids[swap.out]
+        error: Exception | None = None
+        try:
+            async with asyncio.timeout(self.times.load):
+                await self._loader.slot(lora.lora_int_id, out)
+        except Exception as failed:
+            error = self._unexpected(failed, swap.digest)
+        # Taken out and put in again meanwhile, it is another swap's to say where it is.
+        if self._swaps.get(swap.digest) is asyncio.current_task():
+            del self._swaps[swap.digest]
+            if error is not None:
+                self.residency.leave(swap.digest)
+        return error
+
+    def _unexpected(self, error: Exception, digest: str) -> Exception:
+        if self._engine.errored:
+            self._note_end()
+            return EngineNotReady(ENDED)
+        return AdapterLoadFailed(f"The adapter {digest} could not be put into the engine: {error}")
+
+    def _refuse(self, digest: str, error: Exception) -> None:
+        for ticket in self.admission.waiting(digest):
+            self.admission.leave(ticket)
+            if not self._turns[ticket].granted.done():
+                self._turns[ticket].granted.set_exception(error)
+
+    async def _tick(self) -> None:
+        """While somebody waits: counts the tokens of those that run, and ends waits too long."""
+        while len(self.admission):
+            await asyncio.sleep(TICK_S)
+            for ticket in list(self.admission.running()):
+                if (turn := self._turns.get(ticket)) and turn.request_id is not None:
+                    self.admission.progress(ticket, produced(self._engine, turn.request_id))
+            self._expire()
+            self._decide()
+        self._ticking = None
+
+    def _expire(self) -> None:
+        latest = time.monotonic() - self.times.queue
+        while (ticket := self.admission.oldest()) is not None and ticket.arrived < latest:
+            self.admission.leave(ticket)
+            self.refused += 1
+            if not (granted := self._turns[ticket].granted).done():
+                granted.set_exception(
+                    Overloaded(f"No turn came within {self.times.queue:.0f} s. Ask again later.")
+                )
+
+    def _note_end(self) -> frozenset[str]:
+        """What was in the engine when it ended, by the first who noticed."""
+        if self._suspects is None:
+            running = {ticket.digest for ticket in self.admission.running()}
+            self._suspects = frozenset(
+                digest for digest in running | self._loads.keys() | self._swaps.keys() if digest
+            )
+        return self._suspects
+
+    def _finish_retiring(self, digest: str) -> None:
+        if not self.admission.has(digest) and digest not in self._loads:
+            self._retiring.discard(digest)
+            self._spawn(self._remove(digest, unload=self.residency.drop(digest)))
+
+    async def _remove(self, digest: str, *, unload: bool) -> None:
+        try:
+            if unload:
+                await self._drop(digest)
+        finally:
+            await asyncio.to_thread(self._ingest.collect, digest)
+
+    async def _drop(self, digest: str) -> None:
+        with suppress(Exception):  # an engine that has ended has nothing loaded
+            await self._loader.drop([self._ids[digest]])
+
     def _request(self, version: Version) -> LoRARequest:
         digest = version.digest
         return LoRARequest(digest, self._id(digest), str(self._ingest.form(digest)))
@@ -184,110 +567,30 @@ class Gateway:
             self._ids[digest] = next(self._numbers)
         return self._ids[digest]
 
-    @asynccontextmanager
-    async def _resident(self, lora: LoRARequest | None) -> AsyncIterator[None]:
-        """Inside, `lora` is loaded and cannot be evicted. What ends a call is noted on it."""
-        call = current.get(Call(""))
-        try:
-            if lora is None:
-                yield
-                return
-            entry = await self._lease(lora, call)
-            try:
-                yield
-            finally:
-                self._release(entry)
-        except Exception as error:
-            call.error = error
-            raise
-
-    async def _lease(self, lora: LoRARequest, call: Call) -> Entry:
-        digest = lora.lora_name
-        asked = time.monotonic()
-        with self._waits(digest):
-            while (granted := self.residency.lease(digest)) is None:
-                await self._change()
-        entry, load = granted
-        placed = time.monotonic()
-        if load is not None:
-            self._loads[digest] = self._spawn(self._load(lora, load))
-        try:
-            if digest in self._loads:
-                # Others may wait for this load too: it goes on when this request is given up.
-                await asyncio.shield(self._loads[digest])
-        except asyncio.CancelledError:
-            self._release(entry)
-            raise
-        call.queue_ms = (placed - asked) * 1000
-        call.load_ms = (time.monotonic() - placed) * 1000
-        return entry
-
-    @contextmanager
-    def _waits(self, digest: str) -> Iterator[None]:
-        """Inside, the bytes of `digest` stay, as they do for a lease."""
-        self._waiting[digest] += 1
-        try:
-            yield
-        finally:
-            self._waiting -= Counter([digest])  # and forget those that nobody waits for
-            if digest in self._retiring:
-                self._finish_retiring(digest)
-
-    async def _load(self, lora: LoRARequest, load: Load) -> None:
-        try:
-            if load.evict is not None:
-                await self._engine.remove_lora(self._ids[load.evict])
-            if lora.lora_path == str(self._ingest.form(load.digest)):
-                await asyncio.to_thread(self._ingest.vouch, load.digest)
-            await self._engine.add_lora(lora)
-        except Exception as error:
-            self.residency.failed(load.digest)
-            if isinstance(error, AdapterError):
-                raise
-            raise AdapterLoadFailed(
-                f"The adapter {load.digest} could not be loaded into the engine: {error}"
-            ) from error
-        else:
-            self.residency.loaded(load.digest)
-        finally:
-            del self._loads[load.digest]
-            self._wake()
-
-    async def _change(self) -> None:
-        """Waits until a place in the host cache may be free."""
-        if self._changed is None:
-            self._changed = asyncio.get_running_loop().create_future()
-        await asyncio.shield(self._changed)
-
-    def _release(self, entry: Entry) -> None:
-        self.residency.release(entry)
-        if entry.digest in self._retiring:
-            self._finish_retiring(entry.digest)
-        self._wake()
-
-    def _wake(self) -> None:
-        # Everybody who waits looks again, in the order they came.
-        if self._changed is not None:
-            self._changed.set_result(None)
-            self._changed = None
-
-    def _finish_retiring(self, digest: str) -> None:
-        if self.residency.leases(digest) == 0 and not self._waiting[digest]:
-            self._retiring.discard(digest)
-            self._spawn(self._remove(digest, unload=self.residency.drop(digest)))
-
-    async def _remove(self, digest: str, *, unload: bool) -> None:
-        try:
-            if unload:
-                await self._engine.remove_lora(self._ids[digest])
-        finally:
-            await asyncio.to_thread(self._ingest.collect, digest)
-
-    def _spawn(self, work: Any) -> asyncio.Task[None]:
-        task: asyncio.Task[None] = asyncio.create_task(work)
+    def _spawn(self, work: Any) -> asyncio.Task[Any]:
+        task: asyncio.Task[Any] = asyncio.create_task(work)
         self._tasks.add(task)  # the loop keeps only a weak reference
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _ends_engine() -> Problem:
+    return Problem(
+        "engine_ended",
+        "engine",
+        "The engine has ended each time that it was to try this adapter out.",
+        "Save the adapter again; if it works elsewhere, report this as a fault of the checks.",
+    )
+
+
+async def _done(task: asyncio.Task[Exception | None]) -> None:
+    """Waits for a load or a swap, and raises its error. Others may wait for it too: it goes on when
+    this request is given up.
+    """
+    await asyncio.wait([task])
+    error = EngineNotReady(ENDED) if task.cancelled() else task.result()
+    if error is not None:
+        raise error
 
 
 def _not_loaded(error: AdapterLoadFailed) -> Problem:
@@ -296,15 +599,18 @@ def _not_loaded(error: AdapterLoadFailed) -> Problem:
 
 
 class Proving:
-    """`Gateway.prove` for adapters that arrive before the engine is there: they wait for it."""
+    """`Gateway.prove` for adapters that arrive while no engine is there: they wait for it."""
 
     def __init__(self) -> None:
         self._gateway: Gateway | None = None
         self._decided = asyncio.Event()
+        self.refused: set[str] = set()  # digests that the engine has ended with
 
     async def __call__(self, digest: str, folder: Path) -> Effect:
         """Raises what `Gateway.prove` does, and EngineNotReady if no engine came."""
         await self._decided.wait()
+        if digest in self.refused:
+            raise InvalidAdapter([_ends_engine()])
         if self._gateway is None:
             raise EngineNotReady("The engine did not start.")
         return await self._gateway.prove(digest, folder)
@@ -314,6 +620,11 @@ class Proving:
         self._gateway = gateway
         self._decided.set()
 
+    def pause(self) -> None:
+        """The engine has ended, and another will come."""
+        self._decided.clear()
+
     def give_up(self) -> None:
         """No engine will come."""
+        self._gateway = None
         self._decided.set()

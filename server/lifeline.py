@@ -9,6 +9,8 @@ import os
 import select
 import signal
 import threading
+from contextlib import suppress
+from pathlib import Path
 
 SERVER = "_LORAPLEX_SERVER_PID"
 _watched: set[int] = set()
@@ -34,6 +36,38 @@ def follow() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
         return
     threading.Thread(target=_die_with, args=(descriptor,), daemon=True, name="lifeline").start()
+
+
+class Processes:
+    """Processes of the engine, to be sure of their end: one that hangs hears no signal but one."""
+
+    def __init__(self, tops: list[int]) -> None:
+        """`tops` are process ids; those that they have started by now belong to them."""
+        # By descriptor: an id may be another process's when the time comes.
+        self._descriptors = [
+            os.pidfd_open(pid) for top in tops for pid in (top, *_children(top)) if _runs(pid)
+        ]
+
+    def kill(self) -> None:
+        """Ends what is left of them, at once."""
+        for descriptor in self._descriptors:
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(descriptor, signal.SIGKILL)
+            os.close(descriptor)
+        self._descriptors = []
+
+
+def _children(pid: int) -> list[int]:
+    found: list[int] = []
+    for task in Path(f"/proc/{pid}/task").glob("*/children"):
+        with suppress(OSError):
+            for child in map(int, task.read_text().split()):
+                found += [child, *_children(child)]
+    return found
+
+
+def _runs(pid: int) -> bool:
+    return Path(f"/proc/{pid}").exists()
 
 
 def _die_with(descriptor: int) -> None:

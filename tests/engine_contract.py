@@ -12,6 +12,9 @@ import pytest
 from vllm.lora.request import LoRARequest
 from vllm.sampling_params import RequestOutputKind, SamplingParams
 
+from server.engine.loading import Loader, LoadFailed
+from server.engine.meter import produced
+
 _ids = itertools.count()
 PROMPT = {"prompt": "The capital of France is"}
 
@@ -67,26 +70,49 @@ async def test_a_cancelled_task_frees_its_request(engine: Any) -> None:
 
 
 async def test_an_adapter_is_loaded_used_and_unloaded(engine: Any, lora: LoRARequest) -> None:
-    assert await engine.add_lora(lora)
-    assert lora.lora_int_id in await engine.list_loras()
+    loader = Loader(engine)
+    await loader.stage(lora, [])
+    assert (await loader.resident())["host"] == [lora.lora_int_id]
+    await loader.slot(lora.lora_int_id, None)
+    assert lora.lora_int_id in (await loader.resident())["slots"]
     assert await text(ask(engine, lora)) != await text(ask(engine))
-    assert await engine.remove_lora(lora.lora_int_id)
-    assert lora.lora_int_id not in await engine.list_loras()
+    await loader.drop([lora.lora_int_id])
+    found = await loader.resident()
+    assert found["host"] == found["reading"] == [] and set(found["slots"]) == {None}
+    assert found["unasked"] == 0
 
 
 async def test_a_load_that_fails_is_an_error_of_the_load_alone(engine: Any) -> None:
-    with pytest.raises(Exception, match=r"(?i)no such file|not found|no adapter"):
-        await engine.add_lora(LoRARequest("gone", 99, "/nonexistent/adapter"))
-    assert 99 not in await engine.list_loras()
+    with pytest.raises(LoadFailed, match=r"(?i)not there|no adapter"):
+        await Loader(engine).stage(LoRARequest("gone", 99, "/nonexistent/adapter"), [])
+    assert 99 not in (await Loader(engine).resident())["host"]
     assert not engine.errored
     assert await text(ask(engine))
 
 
 async def test_many_at_once_are_all_answered(engine: Any, lora: LoRARequest) -> None:
-    await engine.add_lora(lora)
+    loader = Loader(engine)
+    await loader.stage(lora, [])
+    await loader.slot(lora.lora_int_id, None)
     alone = await text(ask(engine))
     adapted = await text(ask(engine, lora))
     both = await asyncio.gather(*(text(ask(engine, [None, lora][i % 2])) for i in range(6)))
     assert adapted != alone
     assert set(both[1::2]).isdisjoint(both[0::2])
-    await engine.remove_lora(lora.lora_int_id)
+    await loader.drop([lora.lora_int_id])
+
+
+async def test_tokens_of_a_reply_that_is_not_streamed_can_be_counted(engine: Any) -> None:
+    seen = []
+    params = SamplingParams(
+        max_tokens=20, ignore_eos=True, output_kind=RequestOutputKind.FINAL_ONLY
+    )
+    name = f"contract-{next(_ids)}"
+    reply = asyncio.create_task(text(engine.generate(PROMPT, params, name)))
+    while not reply.done():
+        seen.append(produced(engine, name))
+        await asyncio.sleep(0.005)
+    assert seen == sorted(seen[:-1]) + seen[-1:] and len({*seen}) > 5
+    assert produced(engine, name) == 0 and not any(
+        engine.output_processor.external_req_ids.values()
+    )

@@ -14,11 +14,12 @@ __all__ = ["Call", "LoRARequest", "current"]
 class Call:
     """Made once a request, before vLLM's handlers see it; `version` and `lora` None for the base.
 
-    `error` is what ended the call before or in the engine; `queue_ms` is how long it waited for a
-    place to load its adapter into, `load_ms` how long the load took.
+    `key` is who asks. `error` is what ended the call before or in the engine; `queue_ms` is how
+    long it waited for its turn, `load_ms` how long of it its adapter was being loaded from disk.
     """
 
     asked: str
+    key: str = ""
     version: Version | None = None
     lora: LoRARequest | None = None
     queue_ms: float = 0.0

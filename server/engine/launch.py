@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from server.config import DEFAULT_MODEL, ConfigError, Settings
 from server.engine import plugin, progress
+from server.lifeline import Processes
 
 COMPILED = "_LORAPLEX_COMPILED"  # the file that remembers what this start compiles or loads
 WORKER_EXTENSION = "server.engine.plugin.WorkerExtension"
@@ -248,6 +249,35 @@ def _compiled(config: Any) -> Path:
 def _reason(error: Exception) -> str:
     said = [each["msg"] for each in error.errors()] if isinstance(error, ValidationError) else []
     return " ".join("; ".join(said or [str(error)]).split())
+
+
+def limits(engine: Any) -> tuple[int, int]:
+    """Sequences that the engine runs at once, and tokens that one step takes."""
+    scheduler = engine.vllm_config.scheduler_config
+    return scheduler.max_num_seqs, scheduler.max_num_batched_tokens
+
+
+def processes(engine: Any) -> Processes:
+    """The engine's processes."""
+    manager = getattr(engine.engine_core.resources, "engine_manager", None)
+    return Processes([each.pid for each in manager.processes] if manager else [])
+
+
+def end(engine: Any, processes: Processes) -> None:
+    """Ends an engine that is dead or hangs; whoever waits for it gets vLLM's EngineDeadError.
+
+    Blocks for seconds: call it in a thread.
+    """
+    processes.kill()
+    engine.engine_core.resources.engine_dead = True
+    engine.shutdown(timeout=0)
+
+
+def release(engine: Any) -> None:
+    """Ends every request of an engine that will give no more; on the event loop."""
+    from vllm.v1.engine.exceptions import EngineDeadError
+
+    engine.output_processor.propagate_error(EngineDeadError())
 
 
 async def verify(engine: Any) -> list[str]:

@@ -5,13 +5,17 @@ cannot import, and another plugin may replace what we did, so the server asks th
 (`WorkerExtension`) before it serves.
 """
 
+import functools
 import inspect
 import multiprocessing
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from server import lifeline
 from server.engine import progress
+
+if TYPE_CHECKING:
+    from server.engine.staging import Staging
 
 FORM = "_LORAPLEX_CPU_LORA_OP"  # set by the server for its processes: compiled, torch or off
 EXPECTED_WRAPPER = "vllm.lora.punica_wrapper.punica_cpu.PunicaWrapperCPU"
@@ -34,6 +38,7 @@ def register() -> None:
     """
     lifeline.follow()
     _tell_progress()
+    _stage_off_the_step()
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -63,6 +68,62 @@ def _tell_progress() -> None:
         progress.passed("engine process", "starting its worker")
 
 
+def _stage_off_the_step() -> None:
+    """Makes the places ready in which `staging` puts adapters, and has what it replaces counted.
+
+    In the server's own processes a step never reads a file. Elsewhere vLLM loads as it always does.
+    """
+    from vllm.lora.layers.column_parallel_linear import MergedColumnParallelLinearWithLoRA
+    from vllm.lora.lora_model import LoRAModel
+    from vllm.lora.model_manager import AdapterLRUCache, LRUCacheLoRAModelManager
+    from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager, WorkerLoRAManager
+
+    slots, read = LRUCacheLoRAModelManager, LRUCacheWorkerLoRAManager
+    _expect_parameters(WorkerLoRAManager._load_adapter, "self", "lora_request")
+    _expect(
+        read._load_adapter in (WorkerLoRAManager._load_adapter, _refuse_to_read),
+        f"adapters are read by {read._load_adapter.__qualname__}",
+    )
+    _expect_parameters(slots._create_merged_loras_inplace, "self", "lora_model")
+    _expect_parameters(slots._get_lora_layer_weights, "self", "lora_model", "module_name")
+    _expect_parameters(slots.deactivate_adapter, "self", "adapter_id")
+    _expect_parameters(slots.remove_adapter, "self", "adapter_id")
+    _expect_parameters(AdapterLRUCache.popitem, "self", "remove_pinned")
+    merged = MergedColumnParallelLinearWithLoRA
+    _expect_parameters(merged.set_lora, "self", "index", "lora_a", "lora_b")
+    _expect_parameters(merged.expand_packed_lora, "self", "lora_a", "lora_b")
+    _expect_parameters(
+        LoRAModel.from_lora_tensors,
+        *("lora_model_id", "tensors", "peft_helper", "device", "dtype", "model_vocab_size"),
+        *("weights_mapper", "skip_prefixes"),
+    )
+    AdapterLRUCache.popitem = _evict
+    if lifeline.SERVER in os.environ:
+        read._load_adapter = _refuse_to_read
+
+
+def _evict(self: Any, remove_pinned: bool = False) -> Any:
+    """Takes the place of `AdapterLRUCache.popitem`; only when all go are pinned ones taken too."""
+    from vllm.lora.model_manager import AdapterLRUCache
+
+    from server.engine import staging
+
+    if not remove_pinned:
+        staging.Unasked.times += 1
+    return super(AdapterLRUCache, self).popitem(remove_pinned)
+
+
+def _refuse_to_read(self: Any, lora_request: Any) -> Any:
+    """Takes the place of `LRUCacheWorkerLoRAManager._load_adapter`, which a step may call."""
+    from server.engine import staging
+
+    staging.Unasked.times += 1
+    raise RuntimeError(
+        f"adapter {lora_request.lora_int_id} was asked for before it was staged: the engine reads "
+        "no files in a step"
+    )
+
+
 def _use_wrapper(platform: Any, ours: str) -> None:
     """Has vLLM make `ours` where it would make its own state of the LoRA op."""
     found = platform.get_punica_wrapper()
@@ -80,7 +141,13 @@ def _use_op(compiled: bool) -> None:
 
     _expect_parameters(BaseLinearLayerWithLoRA._apply_lora_to_output, "self", "x", "output")
     _expect_parameters(LRUCacheLoRAModelManager.activate_adapter, "self", "lora_id")
+    _expect_parameters(LRUCacheLoRAModelManager._deactivate_adapter, "self", "lora_id")
     _expect_parameters(LRUCacheLoRAModelManager._create_lora_modules, "self")
+    _expect_parameters(LRUCacheLoRAModelManager.register_module, "self", "module_name", "module")
+    _expect_parameters(LRUCacheLoRAModelManager._add_adapter, "self", "lora")
+    _expect_parameters(
+        LRUCacheLoRAModelManager.create_dummy_lora, "self", "lora_id", "rank", "embedding_modules"
+    )
     found = LRUCacheWorkerLoRAManager._manager_cls
     ours = (LRUCacheLoRAModelManager, punica.OpModelManager)
     _expect(found in ours, f"its slots are kept by {found.__qualname__}")
@@ -131,7 +198,37 @@ def _expect_parameters(function: Any, *names: str) -> None:
 
 
 class WorkerExtension:
-    """Methods that vLLM adds to its workers; the server calls them over its own RPC."""
+    """Methods that vLLM adds to its workers; the server calls them over its own RPC.
+
+    They run between two steps. Those about adapters (see `staging`) return at once, and raise
+    nothing whatever an adapter does.
+    """
+
+    def loraplex_stage(self, lora_id: int, path: str, drop: list[int]) -> None:
+        """Drops the ids in `drop`, then has the form in `path` read in a thread."""
+        self._loraplex_staging.stage(lora_id, path, drop)
+
+    def loraplex_take(self, lora_id: int) -> dict[str, str]:
+        """state: reading, there (now in this worker's host cache) or failed; error: why."""
+        return self._loraplex_staging.take(lora_id)
+
+    def loraplex_slot(self, lora_id: int | None, out: int | None) -> dict[str, str]:
+        """Takes `out` out of its slot and puts `lora_id`, if any, into one: there or failed."""
+        return self._loraplex_staging.slot(lora_id, out)
+
+    def loraplex_drop(self, ids: list[int]) -> None:
+        """Takes adapters out of slot and host cache; what is being read is given up."""
+        self._loraplex_staging.drop(ids)
+
+    def loraplex_resident(self) -> dict[str, Any]:
+        """host, reading: ids; slots: id or None of each; unasked: see `staging.Unasked`."""
+        return self._loraplex_staging.resident()
+
+    @functools.cached_property
+    def _loraplex_staging(self) -> "Staging":
+        from server.engine.staging import Staging
+
+        return Staging(self.model_runner.lora_manager)  # type: ignore[attr-defined]
 
     def loraplex_state(self) -> dict[str, Any]:
         """How adapters are applied in this worker, and how its start went.

@@ -16,6 +16,7 @@ from server.engine.handlers import Handlers
 from server.errors import EngineNotReady
 from server.gateway import Gateway, Proving
 from server.imports import Imports
+from server.metrics import Collector, registry
 
 
 @dataclass
@@ -36,7 +37,11 @@ class Serving:
     gateway: Gateway | None = None
     handlers: Handlers | None = None
     started: float = field(default_factory=time.time)
+    restarts: int = 0  # engines after the first
     remarks: list[str] = field(default_factory=list)  # what to know about how the engine runs
+
+    def __post_init__(self) -> None:
+        self.metrics = registry(Collector(lambda: self.gateway, lambda: self.restarts))
 
     def ready(self) -> tuple[Gateway, Handlers]:
         """The gateway and vLLM's handlers over it.

@@ -6,6 +6,7 @@ import re
 import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import EllipsisType
 from typing import Annotated, Any
@@ -247,6 +248,44 @@ async def delete_version(name: str, version: int, serving: Served) -> Json:
     return {"object": "adapter.version", "name": name, "version": version, "deleted": True}
 
 
+@router.post("/{name}/load")
+async def load(name: str, serving: Served) -> Json:
+    """Has an adapter (or a version, by reference) in the engine's host cache."""
+    gateway, _ = serving.ready()
+    version = await gateway.resolve(name, "name")
+    await gateway.load(version)
+    return await run_sync(_show_version, serving, version)
+
+
+@router.post("/{name}/unload")
+async def unload(name: str, serving: Served) -> Json:
+    """Takes it out of the engine; refused while requests use it, or it is pinned."""
+    gateway, _ = serving.ready()
+    version = await gateway.resolve(name, "name")
+    gateway.unload(version)
+    return await run_sync(_show_version, serving, version)
+
+
+@router.post("/{name}/pin")
+async def pin(name: str, serving: Served) -> Json:
+    """Loads it and keeps it loaded, restarts included."""
+    gateway, _ = serving.ready()
+    version = await gateway.resolve(name, "name")
+    await gateway.pin(version)
+    await run_sync(serving.registry.pin, version, True)
+    return await run_sync(_show_version, serving, replace(version, pinned=True))
+
+
+@router.post("/{name}/unpin")
+async def unpin(name: str, serving: Served) -> Json:
+    """Lets it be evicted again."""
+    gateway, _ = serving.ready()
+    version = await gateway.resolve(name, "name")
+    await run_sync(serving.registry.pin, version, False)
+    gateway.residency.unpin(version.digest)
+    return await run_sync(_show_version, serving, replace(version, pinned=False))
+
+
 def _expected(if_match: str | None, if_none_match: str | None = None) -> int | EllipsisType | None:
     """What an alias must point to now: a number, None for no such alias, … for anything."""
     if if_none_match is not None:
@@ -324,6 +363,8 @@ def _show_version(serving: Serving, version: Version) -> Json:
         "source": version.source,
         **({"reason": version.reason} if version.reason else {}),
         "residency": gateway.residency.tier(version.digest) if gateway else "disk",
+        "resident_bytes": gateway.residency.size(version.digest) if gateway else 0,
+        "pinned": version.pinned,
         "leases": gateway.residency.leases(version.digest) if gateway else 0,
     }
     if version.checks is not None:

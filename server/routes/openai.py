@@ -1,5 +1,6 @@
 """Inference: the OpenAI and Anthropic protocols, answered by vLLM's handlers."""
 
+import hashlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
@@ -105,7 +106,7 @@ async def _answer(
 ) -> Response:
     """Opens the call, asks a handler, and makes its result a response with our headers."""
     gateway, handlers = serving.ready()
-    call = await gateway.open(body.adapter, body.model)
+    call = await gateway.open(body.adapter, body.model, _key(request))
     body.model = call.asked
     result = await _begin(ask(handlers), request, call)
     if result is None:  # the client is gone; nobody reads this
@@ -116,6 +117,13 @@ async def _answer(
     if isinstance(result, AsyncGenerator):
         return StreamingResponse(result, headers=_headers(call), media_type="text/event-stream")
     return JSONResponse(result.model_dump(**dump), headers=_headers(call))
+
+
+def _key(request: Request) -> str:
+    """Who asks: twelve digits that stand for the API key of the request, or nothing without one."""
+    sent = request.headers.get("x-api-key") or request.headers.get("authorization", "")
+    key = sent.removeprefix("Bearer ").strip()
+    return hashlib.sha256(key.encode()).hexdigest()[:12] if key else ""
 
 
 @with_cancellation  # type: ignore[untyped-decorator]

@@ -23,6 +23,7 @@ async def ready(serving: Served) -> Json:
 
 
 @router.get("/metrics")
-def metrics() -> Response:
-    """vLLM's own series, for Prometheus."""
-    return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
+async def metrics(serving: Served) -> Response:
+    """Our series and vLLM's, for Prometheus."""
+    text = generate_latest(serving.metrics) + generate_latest()
+    return Response(text, media_type=CONTENT_TYPE_LATEST)

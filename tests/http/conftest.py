@@ -80,19 +80,23 @@ def http(running: Running) -> Iterator[httpx.Client]:
         yield client
 
 
+def nothing_is_left(running: Running) -> None:
+    """Fails if a request, lease, load or place in a queue stays for two seconds."""
+    for _ in range(100):
+        gateway = running.serving.gateway
+        left = gateway.left_behind() if gateway else ["there is no gateway"]
+        left += [f"{running.core.running} requests in the engine"] * bool(running.core.running)
+        if not left:
+            return
+        threading.Event().wait(0.02)
+    raise AssertionError(f"left behind: {left}")
+
+
 @pytest.fixture(autouse=True)
 def nothing_left(running: Running) -> Iterator[None]:
     """After each test: no request, lease or load is left, and nothing was loaded in a step."""
     yield
-    gateway = running.serving.gateway
-    assert gateway is not None
-    for _ in range(100):
-        entries = list(gateway.residency._entries.values())
-        if not running.core.running and not any(e.leases for e in entries) and not gateway._loads:
-            break
-        threading.Event().wait(0.02)
-    else:
-        raise AssertionError(f"left behind: {running.core.running} requests, {entries}")
+    nothing_is_left(running)
     assert running.core.cold == []
     assert list((running.serving.settings.home / "store" / "incoming").iterdir()) == []
 

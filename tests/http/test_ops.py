@@ -45,9 +45,12 @@ def serving(home: Path, base_folder: Path) -> Serving:
 async def test_before_the_engine_can_answer(serving: Serving) -> None:
     gate, outcome = threading.Event(), asyncio.Queue()
 
+    engines = []
+
     def start() -> Any:
         gate.wait(30)
-        return fake_engine.start(serving.args)
+        engines.append(fake_engine.start(serving.args))
+        return engines[-1]
 
     http = app.create_app(serving, start, outcome.put_nowait)
     transport = httpx.ASGITransport(app=http)
@@ -67,7 +70,9 @@ async def test_before_the_engine_can_answer(serving: Serving) -> None:
         gate.set()
         assert await outcome.get() is None
         assert (await client.get("/ready")).status_code == 200
-        serving.gateway._engine.engine_core.resources.engine_dead = True
+        engines[0].engine_core.die()
+        while serving.handlers is not None:
+            await asyncio.sleep(0.02)
         assert (await client.get("/ready")).status_code == 503
         gone = await client.post("/v1/completions", json={"prompt": "x"})
         assert (gone.status_code, gone.json()["error"]["code"]) == (503, "engine_not_ready")

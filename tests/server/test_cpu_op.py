@@ -1,7 +1,9 @@
 """The CPU LoRA op, both forms, against ΔW·x written out in fp64."""
 
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 import torch
@@ -63,7 +65,9 @@ class Layer:
             ]
             self.a.append([each.to(self.dtype) for each in a])
             self.b.append([each.to(self.dtype) for each in b])
-            self.form.set_slot(self.number, slot, torch.cat(self.a[-1]), self.b[-1], starts)
+            packed = self.form.pack(self.a[-1], self.b[-1], starts)
+            self.form.set_slot(self.number, slot, packed)
+            self.form.free([packed])
 
     def input(self, rows: int) -> torch.Tensor:
         random = torch.Generator().manual_seed(self.seed + rows)
@@ -220,11 +224,86 @@ def test_a_slot_can_be_filled_anew(form: op.Op) -> None:
     layer.check([0, 0, -1])
     layer.a[0] = [torch.ones(2, 32)]
     layer.b[0] = [torch.ones(2, 32)]
-    form.set_slot(layer.number, 0, layer.a[0][0], layer.b[0], [0])
+    form.set_slot(layer.number, 0, form.pack(layer.a[0], layer.b[0], [0]))
     layer.check([0, -1, 0])
-    form.set_slot(layer.number, 0, torch.empty(0, 32), [torch.empty(0, 32)], [0])
     y = layer.output(2)
-    assert torch.equal(layer.apply(y.clone(), layer.input(2), [0, 0]), y)
+    for nothing in (form.pack([torch.empty(0, 32)], [torch.empty(0, 32)], [0]), 0):
+        form.set_slot(layer.number, 0, nothing)
+        assert torch.equal(layer.apply(y.clone(), layer.input(2), [0, 0]), y)
+
+
+def test_packed_once_and_shared_by_slots(form: op.Op) -> None:
+    layer = Layer(form, [[8], [8]], 64, [96], torch.bfloat16)
+    before = form.packed_bytes()
+    packed = form.pack(layer.a[0], layer.b[0], [0])
+    assert form.packed_bytes() - before == 2 * 8 * (64 + 96)
+    form.set_slot(layer.number, 1, packed)
+    layer.a[1], layer.b[1] = layer.a[0], layer.b[0]
+    layer.check([0, 1, -1, 1])
+    assert form.packed_bytes() - before == 2 * 8 * (64 + 96)
+    form.free([packed, packed, 2**40])
+    assert form.packed_bytes() == before
+    layer.check([1, 0, -1, 1])
+    with pytest.raises((IndexError, KeyError, RuntimeError)):
+        form.set_slot(layer.number, 0, packed)
+    layer.check([0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_packing_takes_any_strides_and_keeps_nothing(form: op.Op, dtype: torch.dtype) -> None:
+    layer = Layer(form, [[5, 3]], 33, [70, 6], dtype)
+    wide = [torch.cat([torch.full_like(a, torch.nan), a], 1) for a in layer.a[0]]
+    tall = [b.T.contiguous() for b in layer.b[0]]
+    packed = form.pack([a[:, 33:] for a in wide], [b.T for b in tall], [0, 70])
+    form.set_slot(layer.number, 0, packed)
+    for each in (*wide, *tall):
+        each.fill_(torch.nan)
+    layer.check([0, -1, 0])
+
+
+def test_packing_beside_a_running_step(form: op.Op) -> None:
+    layer = Layer(form, [[8], [64]], 128, [256], torch.bfloat16)
+    slots = slots_of(20, 2, 3)
+    want = layer.apply(layer.output(20), layer.input(20), slots)
+    stop = threading.Event()
+    counts: list[int] = []
+
+    def pack() -> None:
+        count = 0
+        while not stop.is_set():
+            form.free([form.pack(layer.a[1], layer.b[1], [0])])
+            count += 1
+        counts.append(count)
+
+    threads = [threading.Thread(target=pack) for _ in range(2)]
+    before = form.packed_bytes()
+    for thread in threads:
+        thread.start()
+    for _ in range(200):
+        assert torch.equal(layer.apply(layer.output(20), layer.input(20), slots), want)
+    stop.set()
+    for thread in threads:
+        thread.join()
+    assert min(counts) > 0
+    assert form.packed_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "outputs", "says"),
+    [
+        ([torch.ones(2, 8)], [torch.ones(3, 8)], [0], "do not fit"),
+        ([torch.ones(2, 8), torch.ones(2, 9)], [torch.ones(2, 8)] * 2, [0, 8], "do not fit"),
+        ([torch.ones(2, 8)], [torch.ones(2, 8).bfloat16()], [0], "different types"),
+        ([torch.ones(2, 8)], [torch.ones(2, 8)], [], "first output"),
+        ([], [], [], "first output"),
+        ([torch.ones(2, 8).double()], [torch.ones(2, 8).double()], [0], "not in"),
+    ],
+)
+def test_what_does_not_fit_is_not_packed(
+    compiled: op.Op, a: list[Any], b: list[Any], outputs: list[int], says: str
+) -> None:
+    with pytest.raises(RuntimeError, match=says):
+        compiled.pack(a, b, outputs)
 
 
 def test_infinities_and_nans_stay_in_their_row(form: op.Op) -> None:

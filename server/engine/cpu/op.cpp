@@ -6,6 +6,10 @@
 #include <torch/library.h>
 
 #include <algorithm>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <mutex>
 #include <vector>
 
 #include "kernels.h"
@@ -32,9 +36,10 @@ struct Weights {
   int64_t outputs = 0;  // numbers in B, all slices together
   int64_t end = 0;      // columns that y has at least
 };
+using Packed = std::shared_ptr<const Weights>;
 struct Layer {
   int64_t batch;
-  std::vector<Weights> slots;
+  std::vector<Packed> slots;  // null: empty
 };
 
 struct Group {
@@ -48,6 +53,11 @@ struct Batch {
 
 std::vector<Layer> layers;
 std::vector<Batch> batches;
+
+// What has been packed, by its number. Unlike the rest, any thread comes here.
+std::map<int64_t, Packed> packed;
+int64_t last_packed = 0;
+std::mutex packing;
 
 // Best first.
 std::vector<const Kernels*> available() {
@@ -79,26 +89,99 @@ int64_t new_batch() {
 }
 
 int64_t new_layer(int64_t slots, int64_t batch) {
-  layers.push_back({batch, std::vector<Weights>(slots)});
+  layers.push_back({batch, std::vector<Packed>(slots)});
   return int64_t(layers.size()) - 1;
 }
 
-void set_slot(int64_t layer, int64_t slot, const at::Tensor& a, at::TensorList b,
-              at::IntArrayRef outputs) {
-  Weights w;
-  w.a = a.contiguous();
-  TORCH_CHECK(b.size() == outputs.size(), "one first output for each slice");
-  for (auto i : c10::irange(b.size())) {
-    TORCH_CHECK(b[i].scalar_type() == a.scalar_type(), "A and B of different types");
-    std::vector<at::Tensor> panels;
-    for (auto& panel : b[i].split(PANEL, 1)) panels.push_back(panel.reshape({-1}));
-    w.slices.push_back({at::cat(panels), w.rank, b[i].size(0), outputs[i], b[i].size(1)});
-    w.rank += b[i].size(0);
-    w.outputs += b[i].numel();
-    w.end = std::max(w.end, outputs[i] + b[i].size(1));
+// Copies of plain loops and not of torch's: those would start threads that the step needs.
+template <typename T>
+void copy(T* to, const T* from, int64_t rows, int64_t columns, int64_t row, int64_t column) {
+  for (auto i : c10::irange(rows)) {
+    if (column == 1) {
+      std::memcpy(to + i * columns, from + i * row, columns * sizeof(T));
+      continue;
+    }
+    for (auto j : c10::irange(columns)) to[i * columns + j] = from[i * row + j * column];
   }
-  TORCH_CHECK(a.dim() == 2 && a.size(0) == w.rank, "A has ", a.size(0), " ranks, B ", w.rank);
-  layers.at(layer).slots.at(slot) = std::move(w);
+}
+
+// `from` [rows, columns] of any strides, to `to` [rows, columns] without gaps.
+void copy(char* to, const at::Tensor& from) {
+  auto source = from.const_data_ptr();
+  auto rows = from.size(0), columns = from.size(1), row = from.stride(0), column = from.stride(1);
+  if (from.itemsize() == 2)
+    copy(reinterpret_cast<int16_t*>(to), static_cast<const int16_t*>(source), rows, columns, row,
+         column);
+  else
+    copy(reinterpret_cast<int32_t*>(to), static_cast<const int32_t*>(source), rows, columns, row,
+         column);
+}
+
+int64_t pack(at::TensorList a, at::TensorList b, at::IntArrayRef outputs) {
+  TORCH_CHECK(!a.empty() && a.size() == b.size() && a.size() == outputs.size(),
+              "A, B and a first output for each slice");
+  auto w = std::make_shared<Weights>();
+  auto options = a[0].options();
+  element(a[0].scalar_type());
+  for (auto i : c10::irange(a.size())) {
+    TORCH_CHECK(a[i].dim() == 2 && b[i].dim() == 2 && a[i].size(0) == b[i].size(0) &&
+                    a[i].size(1) == a[0].size(1),
+                "A ", a[i].sizes(), " and B ", b[i].sizes(), " do not fit each other");
+    TORCH_CHECK(a[i].scalar_type() == a[0].scalar_type() &&
+                    b[i].scalar_type() == a[0].scalar_type(),
+                "A and B of different types");
+    w->rank += a[i].size(0);
+  }
+  w->a = at::empty({w->rank, a[0].size(1)}, options);
+  auto size = w->a.itemsize();
+  auto to = static_cast<char*>(w->a.mutable_data_ptr());
+  int64_t first = 0;
+  for (auto i : c10::irange(a.size())) {
+    auto rank = a[i].size(0), width = b[i].size(1);
+    copy(to, a[i]);
+    to += a[i].numel() * size;
+    auto panels = at::empty({b[i].numel()}, options);
+    auto panel = static_cast<char*>(panels.mutable_data_ptr());
+    for (int64_t o = 0; o < width; o += PANEL) {
+      auto some = b[i].narrow(1, o, std::min(PANEL, width - o));
+      copy(panel, some);
+      panel += some.numel() * size;
+    }
+    w->slices.push_back({panels, first, rank, outputs[i], width});
+    first += rank;
+    w->outputs += b[i].numel();
+    w->end = std::max(w->end, outputs[i] + width);
+  }
+  std::lock_guard lock(packing);
+  packed[++last_packed] = std::move(w);
+  return last_packed;
+}
+
+void free(at::IntArrayRef numbers) {
+  std::vector<Packed> last;  // given back to the system after the lock, which a step may wait for
+  std::lock_guard lock(packing);
+  for (auto number : numbers) {
+    auto found = packed.find(number);
+    if (found == packed.end()) continue;
+    last.push_back(std::move(found->second));
+    packed.erase(found);
+  }
+}
+
+void set_slot(int64_t layer, int64_t slot, int64_t number) {
+  Packed weights;
+  if (number) {
+    std::lock_guard lock(packing);
+    weights = packed.at(number);
+  }
+  layers.at(layer).slots.at(slot) = std::move(weights);
+}
+
+int64_t packed_bytes() {
+  std::lock_guard lock(packing);
+  int64_t bytes = 0;
+  for (auto& [number, w] : packed) bytes += (w->a.numel() + w->outputs) * w->a.itemsize();
+  return bytes;
 }
 
 void set_rows(int64_t batch, const at::Tensor& rows, at::IntArrayRef slots,
@@ -206,8 +289,9 @@ void add_lora(at::Tensor& y, const at::Tensor& x, int64_t layer_index) {
   std::vector<Task> tasks;
   int64_t scratch = 0, work = 0;
   for (auto& group : batch.groups) {
-    const Weights& w = layer.slots.at(group.slot);
-    if (w.rank == 0) continue;
+    auto weights = layer.slots.at(group.slot).get();
+    if (!weights || weights->rank == 0) continue;
+    const Weights& w = *weights;
     auto type = w.a.scalar_type();
     TORCH_CHECK(w.a.size(1) == x.size(1) && w.end <= y.size(1) && x.scalar_type() == type &&
                     y.scalar_type() == type,
@@ -259,7 +343,10 @@ void use_instruction_set(std::string name) {
 TORCH_LIBRARY_FRAGMENT(loraplex, m) {
   m.def("new_batch() -> int", new_batch);
   m.def("new_layer(int slots, int batch) -> int", new_layer);
-  m.def("set_slot(int layer, int slot, Tensor a, Tensor[] b, int[] outputs) -> ()", set_slot);
+  m.def("pack(Tensor[] a, Tensor[] b, int[] outputs) -> int", pack);
+  m.def("free(int[] packed) -> ()", free);
+  m.def("packed_bytes() -> int", packed_bytes);
+  m.def("set_slot(int layer, int slot, int packed) -> ()", set_slot);
   m.def("set_rows(int batch, Tensor rows, int[] slots, int[] counts) -> ()", set_rows);
   m.def("instruction_sets() -> str[]", instruction_sets);
   m.def("use_instruction_set(str name) -> ()", use_instruction_set);

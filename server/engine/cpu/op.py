@@ -2,14 +2,16 @@
 
 It works on what is set before: the weights in each slot of each layer (`new_layer`, `set_slot`),
 and the rows of the running step that belong to each slot (`new_batch`, `set_rows`). Rows of no slot
-are neither read nor written. A layer is a number to the op, so torch.compile sees one opaque call a
-layer, and no weights.
+are neither read nor written. Weights are copied once, by `pack`, in any thread and while steps run;
+slots then share that copy, so that filling one takes no time. A layer is a number to the op, so
+torch.compile sees one opaque call a layer, and no weights.
 
 There are two forms, one meaning. The compiled one (kernels.cpp, op.cpp) is the fast one;
 `Reference` says in torch what it computes, is what tests hold it against, and takes its place where
 it was not compiled.
 """
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -30,19 +32,24 @@ class Op(Protocol):
     def new_layer(self, slots: int, batch: int) -> int:
         """A layer with so many empty slots, whose rows are those of `batch`."""
 
-    def set_slot(
-        self,
-        layer: int,
-        slot: int,
-        a: torch.Tensor,
-        b: Sequence[torch.Tensor],
-        outputs: Sequence[int],
-    ) -> None:
-        """Puts an adapter into a slot of a layer, or empties it (rank 0).
+    def pack(
+        self, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], outputs: Sequence[int]
+    ) -> int:
+        """Copies an adapter of one layer into the order it is read in; returns its number, not 0.
 
-        a [Σ rank, d_in]: A of every slice of a fused layer, below each other. b[i] [rank, width]:
-        Bᵀ of slice i, with scaling, and outputs[i] its first column of y. All of one dtype.
+        For slice i of a fused layer a[i] is A [rank, d_in], b[i] Bᵀ [rank, width] with scaling, and
+        outputs[i] its first column of y. All of one dtype, any strides. May be called in any
+        thread; the compiled form holds neither the interpreter nor torch's threads.
         """
+
+    def free(self, packed: Sequence[int]) -> None:
+        """Forgets what was packed; a slot that has it keeps it. Unknown numbers are no error."""
+
+    def packed_bytes(self) -> int:
+        """Bytes of all that is packed and not freed."""
+
+    def set_slot(self, layer: int, slot: int, packed: int) -> None:
+        """Puts what was packed into a slot of a layer, or with 0 empties it."""
 
     def set_rows(
         self, batch: int, rows: torch.Tensor, slots: Sequence[int], counts: Sequence[int]
@@ -74,6 +81,8 @@ class Reference:
     def __init__(self) -> None:
         self._batches: list[list[tuple[int, torch.Tensor]]] = []
         self._layers: list[tuple[int, list[_Weights | None]]] = []
+        self._packed: dict[int, _Weights] = {}
+        self._numbers = itertools.count(1)
 
     def new_batch(self) -> int:
         self._batches.append([])
@@ -83,15 +92,23 @@ class Reference:
         self._layers.append((batch, [None] * slots))
         return len(self._layers) - 1
 
-    def set_slot(
-        self,
-        layer: int,
-        slot: int,
-        a: torch.Tensor,
-        b: Sequence[torch.Tensor],
-        outputs: Sequence[int],
-    ) -> None:
-        self._layers[layer][1][slot] = _Weights(a, b, outputs)
+    def pack(
+        self, a: Sequence[torch.Tensor], b: Sequence[torch.Tensor], outputs: Sequence[int]
+    ) -> int:
+        number = next(self._numbers)
+        self._packed[number] = _Weights(torch.cat(list(a)), [_copy(each) for each in b], outputs)
+        return number
+
+    def free(self, packed: Sequence[int]) -> None:
+        for number in packed:
+            self._packed.pop(number, None)
+
+    def packed_bytes(self) -> int:
+        kept = [each for w in self._packed.values() for each in (w.a, *w.b)]
+        return sum(each.numel() * each.itemsize for each in kept)
+
+    def set_slot(self, layer: int, slot: int, packed: int) -> None:
+        self._layers[layer][1][slot] = self._packed[packed] if packed else None
 
     def set_rows(
         self, batch: int, rows: torch.Tensor, slots: Sequence[int], counts: Sequence[int]
@@ -109,6 +126,10 @@ class Reference:
             for first, a, b in zip(weights.outputs, _split(weights), weights.b, strict=True):
                 columns = slice(first, first + b.shape[1])
                 y[rows, columns] = add_delta(y[rows, columns], inputs, a, b)
+
+
+def _copy(b: torch.Tensor) -> torch.Tensor:
+    return b.clone(memory_format=torch.contiguous_format)
 
 
 def _split(weights: _Weights) -> Sequence[torch.Tensor]:

@@ -5,15 +5,19 @@ adapter; in torch -1 is the last slot, so base rows come back with somebody's ad
 the rows are grouped by slot once a step, and rows without an adapter are in no group.
 """
 
+import weakref
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from vllm.lora.layers.base_linear import BaseLinearLayerWithLoRA
+from vllm.lora.lora_model import LoRAModel
 from vllm.lora.model_manager import LRUCacheLoRAModelManager
 from vllm.lora.punica_wrapper.punica_cpu import PunicaWrapperCPU
 
 from server.engine import progress
 from server.engine.cpu import op
+from server.engine.staging import Tensors, slices
 
 
 def group_rows(slots: torch.Tensor) -> tuple[torch.Tensor, list[int], list[int]]:
@@ -86,35 +90,88 @@ class OpPunicaWrapper(GroupedPunicaWrapper):
 
 
 class OpModelManager(LRUCacheLoRAModelManager):  # type: ignore[misc]
-    """vLLM's slots, kept in step with the op's."""
+    """vLLM's slots, kept in step with the op's.
+
+    An adapter's weights are in the op and nowhere else: `packed` of its LoRAModel has their number
+    by layer. vLLM's stacked tensors have a shape, which it reads, and no memory.
+    """
+
+    modules: dict[str, Any]
 
     def _create_lora_modules(self) -> None:
         super()._create_lora_modules()
-        for module in self.modules.values():
-            if isinstance(module, BaseLinearLayerWithLoRA):
-                module.op_layer = op.install().new_layer(
-                    self.lora_slots, module.punica_wrapper.batch
-                )
+        self._linears = {
+            name: module
+            for name, module in self.modules.items()
+            if isinstance(module, BaseLinearLayerWithLoRA)
+        }
+        self._others = {k: each for k, each in self.modules.items() if k not in self._linears}
+        for module in self._linears.values():
+            module.op_layer = op.install().new_layer(self.lora_slots, module.punica_wrapper.batch)
         progress.passed("model", "getting it ready")
 
+    def register_module(self, module_name: str, module: Any) -> None:
+        """Called for each layer as it is made."""
+        super().register_module(module_name, module)
+        if isinstance(module, BaseLinearLayerWithLoRA):
+            module.lora_a_stacked = tuple(map(_unfilled, module.lora_a_stacked))
+            module.lora_b_stacked = tuple(map(_unfilled, module.lora_b_stacked))
+
+    def create_dummy_lora(
+        self, lora_id: int, rank: int, embedding_modules: Any = None
+    ) -> LoRAModel:
+        """What vLLM warms up with: an adapter of nothing, as its zeros would be."""
+        return LoRAModel(lora_id, rank, {})
+
+    def _add_adapter(self, lora: LoRAModel) -> None:
+        if lora.loras:
+            self._validate_moe_lora_format(lora)
+            self._create_merged_loras_inplace(lora)
+            self.pack(lora)
+        self._registered_adapters[lora.id] = lora
+
+    def pack(self, lora: LoRAModel, pause: Callable[[], None] = lambda: None) -> None:
+        """Moves a merged adapter's weights into the op. In any thread; `pause` is called often.
+
+        Raises:
+            ValueError: they do not fit the base.
+        """
+        lora.packed = {}
+        # The finalizer has the numbers as they are then: also those of an adapter packed in part.
+        weakref.finalize(lora, _free, lora.packed).atexit = False
+        for name, module in self._linears.items():
+            found = self._get_lora_layer_weights(lora, name)
+            if found is not None:
+                lora.packed[name] = _pack(module, *slices(name, module, found))
+                pause()
+        found_others = {name: self._get_lora_layer_weights(lora, name) for name in self._others}
+        lora.loras = {name: found for name, found in found_others.items() if found is not None}
+
     def activate_adapter(self, lora_id: int) -> bool:
-        """Puts an adapter into a slot, at its true rank, in the order the op reads it."""
+        """Puts an adapter into a slot."""
+        modules, self.modules = self.modules, self._others
         try:
             activated: bool = super().activate_adapter(lora_id)
             if activated:
-                self._fill_op(lora_id)
+                packed = getattr(self._registered_adapters[lora_id], "packed", {})
+                self._fill(self.lora_index_to_id.index(lora_id), packed)
         except BaseException:
             # A slot filled in part would pass for a whole one the next time it is asked for.
-            self.remove_adapter(lora_id)
+            self.deactivate_adapter(lora_id)
             raise
+        finally:
+            self.modules = modules
         return activated
 
-    def _fill_op(self, lora_id: int) -> None:
-        slot = self.lora_index_to_id.index(lora_id)
-        adapter = self._registered_adapters[lora_id]
-        for name, module in self.modules.items():
-            if isinstance(module, BaseLinearLayerWithLoRA):
-                _set_slot(module, slot, self._get_lora_layer_weights(adapter, name))
+    def _deactivate_adapter(self, lora_id: int) -> None:
+        if lora_id in self.lora_index_to_id:
+            self._fill(self.lora_index_to_id.index(lora_id), {})
+        super()._deactivate_adapter(lora_id)
+
+    def _fill(self, slot: int, packed: Mapping[str, int]) -> None:
+        set_slot = op.install().set_slot
+        for name, module in self._linears.items():
+            set_slot(module.op_layer, slot, packed.get(name, 0))
 
 
 def in_use(manager: Any) -> bool:
@@ -123,26 +180,27 @@ def in_use(manager: Any) -> bool:
     return isinstance(manager, OpModelManager) and applies is apply_adapters
 
 
-def _set_slot(module: Any, slot: int, weights: Any) -> None:
-    """Copies what vLLM has put into `slot` of a layer (sliced for tensor parallelism) to the op."""
-    ranks = _ranks(weights, module.n_slices)
-    a = [each[slot, 0, :rank] for each, rank in zip(module.lora_a_stacked, ranks, strict=True)]
-    b = [each[slot, 0, :, :rank].T for each, rank in zip(module.lora_b_stacked, ranks, strict=True)]
-    widths = [each.shape[1] for each in b]
-    starts = [sum(widths[:i]) for i in range(len(widths))]
-    op.install().set_slot(
-        module.op_layer, slot, torch.cat(a), [each.contiguous() for each in b], starts
+def _unfilled(stacked: torch.Tensor) -> torch.Tensor:
+    """A tensor of the same shape that takes one number's memory."""
+    return stacked.new_zeros(()).expand(stacked.shape)
+
+
+def _pack(module: Any, a: Tensors, b: Tensors) -> int:
+    """Hands A [rank, d_in] and B [width, rank] of each slice of a layer to the op."""
+    widths = [each.shape[-2] for each in module.lora_b_stacked]
+    no_a = module.lora_a_stacked[0].new_empty(0, module.lora_a_stacked[0].shape[-1])
+    return op.install().pack(
+        [no_a if each is None else each for each in a],
+        [
+            no_a.new_empty(0, w) if each is None else each.T
+            for each, w in zip(b, widths, strict=True)
+        ],
+        [sum(widths[:i]) for i in range(len(widths))],
     )
 
 
-def _ranks(weights: Any, slices: int) -> list[int]:
-    """True rank of each slice; all beyond it is zeros."""
-    if weights is None:
-        return [0] * slices
-    if isinstance(weights.lora_a, list) and len(weights.lora_a) == slices:
-        return [0 if a is None else a.shape[0] for a in weights.lora_a]
-    several = weights.lora_a if isinstance(weights.lora_a, list) else [weights.lora_a]
-    return [max(a.shape[0] for a in several if a is not None)] * slices
+def _free(packed: dict[str, int]) -> None:
+    op.install().free(list(packed.values()))
 
 
 def apply_adapters(self: Any, x: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
