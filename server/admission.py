@@ -133,6 +133,8 @@ class _Shares:
     def join(self, name: str) -> None:
         """`name` has one more that waits."""
         if name not in self._least:
+            if len(self._counters) > 2 * (REMEMBERED + len(self.waiting) + len(self.running)):
+                self._forget()
             self._counters[name] = max(self[name], self.floor())
             self._least.add(name)
         self.waiting[name] += 1
@@ -155,10 +157,8 @@ class _Shares:
         _decrease(self.running, name)
 
     def charge(self, name: str, service: float) -> None:
-        """`name` was served so much."""
-        self._counters[name] = self[name] + service / self._weights.get(name, 1.0)
-        if len(self._counters) > 2 * (REMEMBERED + len(self.waiting) + len(self.running)):
-            self._forget()
+        """`name`, of which one runs, was served so much."""
+        self._counters[name] += service / self._weights.get(name, 1.0)
 
     def floor(self) -> float:
         """What one that begins to wait is lifted to; never falls."""
@@ -317,9 +317,18 @@ class Admission:
             self._line_up(queue)
 
     def wanted(self) -> str | None:
-        """The digest to load next: of those that are not, the one whose turn comes first."""
+        """The digest to load next: of those that are not, the one whose turn comes first.
+
+        None while as many loaded ones as there are slots come before it: what is loaded long before
+        its turn only pushes out others that wait.
+        """
         queue = self._cold.first()
-        return None if queue is None else queue.digest
+        if queue is None:
+            return None
+        slots = self.limits.slots
+        if len(self._warm) >= slots and self._warm.smallest(slots)[-1] <= self._counter(queue):
+            return None
+        return queue.digest
 
     def precedes(self, digest: str, other: str) -> bool:
         """Whether a request waits for `digest` that comes before those that wait for `other`."""

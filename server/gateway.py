@@ -42,6 +42,7 @@ PROOF_TIMEOUT_S = 300  # an engine so busy that a new adapter gets no turn in th
 PROOFS = "(proofs)"  # whose share proofs use: no adapter can be called that
 LOADING = 2  # adapters that are loaded at once
 ENDED = "The engine has ended and is being started again. Ask again in a moment."
+IDLE_S = 1.0  # without work, until what the engine has is compared with what it should have
 WATCH_S = 0.2  # between two looks at whether the engine has ended
 ASKED = 4  # times that a busy engine is asked for a sign in the time that it may be silent
 TICK_S = 0.02  # between two looks at the tokens of those that run, while somebody waits
@@ -64,6 +65,7 @@ class _Turn:
     request_id: str | None
     granted: asyncio.Future[None]
     entry: Entry | None = None
+    swap: asyncio.Task[Exception | None] | None = None
 
 
 class Gateway:
@@ -98,6 +100,7 @@ class Gateway:
         self.admission = admission
         self.residency = residency
         self.times = times
+        self.drift: list[str] = []  # see `_compare`; the last time that the engine was idle
         self.refused = 0  # requests, for waiting too long or among too many
         self._numbers = numbers
         self._ids: dict[str, int] = {}
@@ -286,19 +289,22 @@ class Gateway:
 
     async def ended(self) -> str:
         """Returns when the engine has ended or hangs, with what to say of it."""
-        asked = time.monotonic()
+        asked, compared = time.monotonic(), True
         while not self._engine.errored:
             await asyncio.sleep(WATCH_S)
-            now = time.monotonic()
-            if not self.admission.busy and not self._loads:
-                asked = now
-            if now - asked < self.times.silence / ASKED:
+            now, idle = time.monotonic(), not self.admission.busy and not self._tasks
+            if now - asked < (IDLE_S if idle else self.times.silence / ASKED):
                 continue
             asked = now
+            if idle and compared:
+                continue
+            compared = idle
             try:
                 # The engine answers between two steps.
                 async with asyncio.timeout(self.times.silence):
-                    await self._loader.resident()
+                    there = await self._loader.resident()
+                if idle and not self.admission.busy and not self._tasks:
+                    self.drift = self._compare(there)
             except TimeoutError:
                 return f"the engine has made no step for {self.times.silence:.0f} s"
             except Exception as error:
@@ -317,6 +323,15 @@ class Gateway:
         self._readers.shutdown(wait=False, cancel_futures=True)
         return suspects
 
+    def _compare(self, there: dict[str, Any]) -> list[str]:
+        """What the workers have that residency does not say, or the other way round."""
+        host = {self._ids[entry.digest] for entry in self.residency.entries()}
+        slots = {self._ids[digest] for digest in self.residency.in_slots()}
+        in_slots = {each for each in there["slots"] if each is not None}
+        found = [f"on the host: {each}" for each in host ^ {*there["host"], *there["reading"]}]
+        found += [f"in a slot: {each}" for each in slots ^ in_slots]
+        return found + [f"unasked: {there['unasked']}"] * bool(there["unasked"])
+
     def left_behind(self) -> list[str]:
         """What would be wrong to find when no request is under way: nothing, or what it is."""
         found = [f"ticket {ticket}" for ticket in self._turns]
@@ -325,6 +340,10 @@ class Gateway:
         found += [f"loading {digest}" for digest in self._loads]
         found += [f"into a slot: {digest}" for digest in self._swaps]
         return found + [f"admission: {what}" for what in self.admission.left_behind()]
+
+    def under_way(self) -> int:
+        """Requests that wait or run, and loads, swaps and removals that are not done."""
+        return len(self._turns) + len(self._tasks)
 
     # -- a request's turn ---------------------------------------------------------------------
 
@@ -373,8 +392,8 @@ class Gateway:
         try:
             self._decide()
             await turn.granted
-            if ticket.digest in self._swaps:
-                await _done(self._swaps[ticket.digest])
+            if turn.swap is not None:
+                await _done(turn.swap)
         except BaseException:
             self._leave(ticket)
             raise
@@ -416,8 +435,8 @@ class Gateway:
         if turn.lora is not None and ticket.digest is not None:
             turn.entry = self.residency.lease(ticket.digest)
             if (swap := self.residency.enter(ticket.digest)) is not None:
-                task = self._spawn(self._swap(turn.lora, swap))
-                self._swaps[ticket.digest] = task
+                self._swaps[ticket.digest] = self._spawn(self._swap(turn.lora, swap))
+            turn.swap = self._swaps.get(ticket.digest)
         if not turn.granted.done():
             turn.granted.set_result(None)
 

@@ -57,6 +57,16 @@ def _queues(gateway: Gateway) -> Iterator[Metric]:
         "How long the request that came first has waited.",
         time.monotonic() - oldest.arrived if oldest else 0.0,
     )
+    yield GaugeMetricFamily(
+        "loraplex_under_way",
+        "Requests that wait or run, and loads, swaps and removals that are not done.",
+        gateway.under_way(),
+    )
+    yield GaugeMetricFamily(
+        "loraplex_engine_drift",
+        "Differences between what the engine has loaded and what it should have, when last idle.",
+        len(gateway.drift),
+    )
     yield CounterMetricFamily(
         "loraplex_overloaded",
         "Requests refused because too many waited, or for too long.",

@@ -30,7 +30,7 @@ from adapters.folder import WEIGHTS
 THREADS = 2
 NICE = 10
 BURST_S = 0.0005  # worked without a break; a step that needs the interpreter waits no longer
-REST = float(os.environ.get("REST", "3"))  # times as long as a burst, slept after it
+REST = 3  # times as long as a burst, slept after it while requests run
 BLOCK = 2**20  # bytes read at once
 TENSORS = 16  # handed to vLLM at once; even, as modules have two
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}

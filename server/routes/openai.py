@@ -1,6 +1,7 @@
 """Inference: the OpenAI and Anthropic protocols, answered by vLLM's handlers."""
 
 import hashlib
+import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
 from typing import Any
@@ -21,7 +22,7 @@ from server.engine.requests import (
     TextRequest,
     TokenizeRequest,
 )
-from server.errors import ServerError
+from server.errors import ServerError, describe
 from server.routes import Served, Serving
 from server.routes.failure import failure
 
@@ -136,7 +137,7 @@ async def _begin(asked: Awaitable[Any], request: Request, call: Call) -> Any:
         if isinstance(result, AsyncGenerator):
             events = _events(result)
             first = await anext(events, "")
-            result = _with_first(first, events)
+            result = _told(first, events, call)
     except Exception as error:
         result = explain(error)
     # Handlers make anything an error of their own; this one has a status and a code of ours.
@@ -155,11 +156,22 @@ async def _events(stream: AsyncGenerator[Any, None]) -> AsyncGenerator[str, None
                 yield f"event: {event.type}\ndata: {event.model_dump_json(by_alias=True)}\n\n"
 
 
-async def _with_first(first: str, rest: AsyncGenerator[str, None]) -> AsyncGenerator[str, None]:
+async def _told(
+    first: str, rest: AsyncGenerator[str, None], call: Call
+) -> AsyncGenerator[str, None]:
+    """All events; where handlers tell of an error of ours as one of theirs, as what it is."""
     async with aclosing(rest):
         yield first
         async for event in rest:
+            if call.error is not None and event.startswith('data: {"error"'):
+                event = _error_event(event, call.error)
             yield event
+
+
+def _error_event(event: str, error: Exception) -> str:
+    if not isinstance(error, AdapterError | ServerError):
+        return event
+    return f"data: {json.dumps(describe(error)[1])}\n\n"
 
 
 def _headers(call: Call) -> dict[str, str]:

@@ -26,8 +26,13 @@ class Running:
 
     url: str
     serving: Serving
-    engine: Any
+    engines: list[Any]
     said: list[str]
+
+    @property
+    def engine(self) -> Any:
+        """The one of now: another takes the place of one that has ended."""
+        return self.engines[-1]
 
     @property
     def core(self) -> fake_engine.FakeCore:
@@ -46,7 +51,7 @@ def serve(chosen: Settings, base_folder: Path) -> Iterator[Running]:
 
     def start() -> Any:
         engines.append(fake_engine.start(serving.args))
-        return engines[0]
+        return engines[-1]
 
     def done(error: Exception | None) -> None:
         errors.append(error)
@@ -63,7 +68,7 @@ def serve(chosen: Settings, base_folder: Path) -> Iterator[Running]:
             assert ready.wait(60)
             assert errors == [None], errors
             port = listener.getsockname()[1]
-            yield Running(f"http://127.0.0.1:{port}", serving, engines[0], said)
+            yield Running(f"http://127.0.0.1:{port}", serving, engines, said)
         finally:
             server.should_exit = True
             thread.join()
