@@ -421,15 +421,21 @@ class Admission:
     def _counter(self, queue: _Queue) -> float:
         return min(map(self._adapters.__getitem__, queue.lanes), default=math.inf)
 
-    def _turn(self, ticket: Ticket) -> tuple[float, float, int]:
-        """By what turns come: the adapter's counter, the key's, arrival."""
-        adapter, key = ticket.adapter, ticket.key
-        return self._adapters[adapter], self._keys[adapter][key], ticket.number
+    def _first(self, heads: list[Ticket]) -> Ticket:
+        """Whose turn it is: the adapters' counters say, then the keys', then who came first."""
+        if len(heads) == 1:
+            return heads[0]
+        adapter = min(heads, key=lambda each: (self._adapters[each.adapter], each.number)).adapter
+        keys = self._keys[adapter]
+        return min(
+            (each for each in heads if each.adapter == adapter),
+            key=lambda each: (keys[each.key], each.number),
+        )
 
     def _head(self, queue: _Queue) -> Ticket:
         """Whose turn it is in a queue in which somebody waits."""
-        heads = (next(iter(lane)) for keys in queue.lanes.values() for lane in keys.values())
-        return min(heads, key=self._turn)
+        lanes = queue.lanes.values()
+        return self._first([next(iter(lane)) for keys in lanes for lane in keys.values()])
 
     def _best(self) -> Ticket | None:
         """Whose turn it is of those of which something may be admitted."""
@@ -438,7 +444,7 @@ class Admission:
         ]
         if self._taken < self.limits.slots and (newcomer := self._warm.first()) is not None:
             heads.append(self._head(newcomer))
-        return min(heads, key=self._turn, default=None)
+        return self._first(heads) if heads else None
 
     def _may_go_on(self, queue: _Queue) -> bool:
         if not queue.draining:

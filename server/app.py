@@ -18,7 +18,7 @@ from server.config import DEFAULT_MODEL, Settings
 from server.engine import launch
 from server.gateway import Proving
 from server.imports import Imports
-from server.routes import Serving, adapters, failure, models, openai, ops
+from server.routes import Serving, adapters, failure, models, openai, ops, vllm
 from server.supervisor import Say, Start, Supervisor
 from server.watch import Watch
 
@@ -85,7 +85,7 @@ def create_app(
     )
     app.state.serving = serving
     failure.install(app)
-    for routes in (openai, models, adapters, ops):
+    for routes in (openai, models, adapters, vllm, ops):
         app.include_router(routes.router)
     return app
 

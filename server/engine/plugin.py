@@ -228,7 +228,8 @@ class WorkerExtension:
     def _loraplex_staging(self) -> "Staging":
         from server.engine.staging import Staging
 
-        return Staging(self.model_runner.lora_manager)  # type: ignore[attr-defined]
+        runner: Any = self.model_runner  # type: ignore[attr-defined]
+        return Staging(runner.lora_manager, lambda: bool(runner.requests))
 
     def loraplex_state(self) -> dict[str, Any]:
         """How adapters are applied in this worker, and how its start went.

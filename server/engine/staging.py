@@ -51,8 +51,9 @@ class _Dropped(Exception):
 class _Reading:
     """One adapter that is read; `lora` is there when that has ended well, `error` when not."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, busy: Callable[[], bool]) -> None:
         self.path = path
+        self._busy = busy
         self.lora: LoRAModel | None = None
         self.error: str | None = None
         self.dropped = False
@@ -72,18 +73,19 @@ class _Reading:
             raise _Dropped
         worked = time.monotonic() - self._began
         if worked > BURST_S:
-            time.sleep(REST * worked)
+            time.sleep(REST * worked if self._busy() else 0)
             self._began = time.monotonic()
 
 
 class Staging:
     """The adapters of one worker. All but the threads runs between its steps, and returns at once.
 
-    `worker` is vLLM's LRUCacheWorkerLoRAManager.
+    `worker` is vLLM's LRUCacheWorkerLoRAManager; `busy` says whether requests are running.
     """
 
-    def __init__(self, worker: Any) -> None:
+    def __init__(self, worker: Any, busy: Callable[[], bool] = lambda: True) -> None:
         self._worker = worker
+        self._busy = busy
         self._manager = worker._adapter_manager
         self._readings: dict[int, _Reading] = {}
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
@@ -96,7 +98,7 @@ class Staging:
         if adapter in self._host or (reading is not None and reading.error is None):
             return
         self._begin()
-        self._readings[adapter] = reading = _Reading(path)
+        self._readings[adapter] = reading = _Reading(path, self._busy)
         self._work.put(lambda: self._read(adapter, reading))
 
     def take(self, adapter: int) -> dict[str, str]:

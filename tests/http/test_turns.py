@@ -252,6 +252,26 @@ async def test_residency_by_hand(home: Path, base_folder: Path, make_adapter: Ma
         await long
 
 
+async def test_the_calls_of_vllm(
+    home: Path, base_folder: Path, make_adapter: MakeAdapter
+) -> None:
+    folder = make_adapter(9)
+    flags = ("--import-from", f"file://{folder.parent}")
+    async with served(home, base_folder, make_adapter, *flags) as (_, client):
+        asked = {"lora_name": "nine", "lora_path": str(folder), "load_inplace": False}
+        loaded = await client.post("/v1/load_lora_adapter", json=asked)
+        assert (loaded.status_code, "'nine' added" in loaded.text) == (200, True)
+        assert (await ask(client, "nine")).status_code == 200
+        elsewhere = asked | {"lora_path": "/etc"}
+        refused = await client.post("/v1/load_lora_adapter", json=elsewhere)
+        assert refused.status_code == 403
+        removed = await client.post("/v1/unload_lora_adapter", json={"lora_name": "nine"})
+        assert removed.status_code == 200
+        assert code(await ask(client, "nine"))[0] == 404
+        again = await client.post("/v1/unload_lora_adapter", json={"lora_name": "nine"})
+        assert code(again) == (404, "adapter_not_found")
+
+
 async def test_metrics_say_who_waits(
     home: Path, base_folder: Path, make_adapter: MakeAdapter
 ) -> None:

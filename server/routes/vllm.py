@@ -1,0 +1,48 @@
+"""vLLM's own two calls, for tools that make them: they import and delete adapters."""
+
+from typing import Any
+
+from anyio.to_thread import run_sync
+from fastapi import APIRouter
+from fastapi.responses import PlainTextResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from server.routes import Served
+
+router = APIRouter(prefix="/v1", tags=["adapters"])
+
+
+class LoadRequest(BaseModel):
+    """vLLM's LoadLoRAAdapterRequest; what it says beyond name and path has no meaning here."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    lora_name: str = Field(description="Name of the adapter.")
+    lora_path: str = Field(
+        description="A folder, or org/name on the hub, within what --import-from allows."
+    )
+
+
+class UnloadRequest(BaseModel):
+    """vLLM's UnloadLoRAAdapterRequest."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    lora_name: str = Field(description="Name of the adapter.")
+
+
+@router.post("/load_lora_adapter")
+async def load(asked: LoadRequest, serving: Served) -> PlainTextResponse:
+    """Imports an adapter, as POST /v1/adapters does: it stays, also after a restart."""
+    scheme = "file" if asked.lora_path.startswith("/") else "hf"
+    one = serving.imports.begin(asked.lora_name, f"{scheme}://{asked.lora_path}")
+    await serving.imports.end(one)
+    return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
+
+
+@router.post("/unload_lora_adapter")
+async def unload(asked: UnloadRequest, serving: Served) -> PlainTextResponse:
+    """Deletes an adapter with all its versions, as DELETE /v1/adapters/{name} does."""
+    digests: Any = await run_sync(serving.registry.delete_adapter, asked.lora_name)
+    serving.let_go(digests)
+    return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")
