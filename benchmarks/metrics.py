@@ -13,7 +13,8 @@ class Reply:
     """What happened to one request; all times in seconds since the beginning of its case.
 
     `times` has one entry a token; tokens that came together have the same time. `due_s` is when
-    the request should have been sent, which in a closed loop is when it was.
+    the request should have been sent, which in a closed loop is when it was. `load_ms` is what
+    the server says that loading the adapter took, None where it says nothing.
     """
 
     stream: int
@@ -24,6 +25,7 @@ class Reply:
     sent_s: float
     times: tuple[float, ...]
     error: str | None = None
+    load_ms: float | None = None
 
 
 def of(replies: Sequence[Reply]) -> dict[str, float]:

@@ -88,8 +88,9 @@ def step(form: Any, case: Case) -> float:
     for number, (d_in, outs) in numbers:
         starts = [sum(outs[:i]) for i in range(len(outs))]
         for slot in range(case.adapters):
-            a, b = random(case.rank * len(outs), d_in), [random(case.rank, out) for out in outs]
-            form.set_slot(number, slot, a, b, starts)
+            a = [random(case.rank, d_in) for _ in outs]
+            b = [random(case.rank, out) for out in outs]
+            form.set_slot(number, slot, form.pack(a, b, starts))
     slots = [row % case.adapters if case.adapters else -1 for row in range(case.rows)]
     form.set_rows(batch, *group_rows(torch.tensor(slots)))
     x, y = buffers(case.rows)

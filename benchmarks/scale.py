@@ -69,6 +69,7 @@ GROWS = 1.25
 
 console = Console(stderr=True, highlight=False)
 Figures = dict[str, float]
+Write = Callable[[Path, int], None]
 
 
 class Part(NamedTuple):
@@ -193,9 +194,10 @@ def team(number: int) -> str:
     return f"team-{number // TEAM:06d}."
 
 
-def fill(cache: Path, count: int, base: Path) -> Path:
+def fill(cache: Path, count: int, base: Path, write: Write | None = None) -> Path:
     """The folder in `cache` with a server's state of `count` adapters, filled if it is not there.
 
+    `write` writes the adapter of a number into a folder; left out, it is `make`.
     The state is in `home`; `filled.json` says how many adapters a second were taken in, over all,
     over the first tenth of them and over the last.
     """
@@ -206,7 +208,7 @@ def fill(cache: Path, count: int, base: Path) -> Path:
     # Renamed into place when complete: what an interrupted run left is never used.
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         filling = Path(scratch) / "filling"
-        times = list(_ingest(filling / "home", count, base))
+        times = list(_ingest(filling / "home", count, base, write or make))
         tenth = max(1, count // 10)
         rates = {
             "adapters_s": count / (times[-1] - times[0]),
@@ -218,14 +220,14 @@ def fill(cache: Path, count: int, base: Path) -> Path:
     return folder
 
 
-def _ingest(home: Path, count: int, base: Path) -> Iterator[float]:
+def _ingest(home: Path, count: int, base: Path, write: Write) -> Iterator[float]:
     """Takes adapters in; yields the time, in seconds, before the first and after each."""
     store, registry = Store(home / "store"), Registry(f"sqlite:///{home / 'registry.db'}")
     ingest = Ingest(store, registry, BaseSpec.read(base, DEFAULT_MODEL), Rules(max_rank=64))
 
     def one(number: int) -> None:
         with store.staging() as folder:
-            make(folder, number)
+            write(folder, number)
             ingest.ingest(folder, name(number), "benchmark", ALIAS)
 
     pool = ThreadPoolExecutor(THREADS)

@@ -45,7 +45,7 @@ ENDED = "The engine has ended and is being started again. Ask again in a moment.
 IDLE_S = 1.0  # without work, until what the engine has is compared with what it should have
 WATCH_S = 0.2  # between two looks at whether the engine has ended
 ASKED = 4  # times that a busy engine is asked for a sign in the time that it may be silent
-TICK_S = 0.02  # between two looks at the tokens of those that run, while somebody waits
+TICK_S = 0.01  # between two looks at the tokens of those that run, while somebody waits
 
 
 @dataclass(frozen=True)
@@ -110,6 +110,7 @@ class Gateway:
         self._retiring: set[str] = set()
         self._tasks: set[asyncio.Task[Any]] = set()
         self._ticking: asyncio.Task[None] | None = None
+        self._metered = 0.0
         # Of its own: a disk that hangs must not take the threads that others need.
         self._readers = ThreadPoolExecutor(LOADING, "vouch")
         self._suspects: frozenset[str] | None = None
@@ -364,7 +365,7 @@ class Gateway:
             try:
                 yield
             except Exception as error:
-                if self._engine.errored:
+                if self._suspects is not None or self._engine.errored:
                     self._note_end()
                     raise EngineNotReady(ENDED) from error
                 raise
@@ -423,12 +424,20 @@ class Gateway:
         """Begins what loads and grants what turns there are to begin and grant now."""
         if self._suspects is not None:
             return
+        self._admit()
+        if not len(self.admission):
+            return
+        if time.monotonic() - self._metered > TICK_S:
+            self._meter()
+            self._admit()
+        if self._ticking is None:
+            self._ticking = asyncio.create_task(self._tick())
+
+    def _admit(self) -> None:
         self._load_wanted()
         while (ticket := self.admission.next()) is not None:
             self._grant(ticket)
         self._load_wanted()
-        if len(self.admission) and self._ticking is None:
-            self._ticking = asyncio.create_task(self._tick())
 
     def _grant(self, ticket: Ticket) -> None:
         turn = self._turns[ticket]
@@ -533,14 +542,20 @@ class Gateway:
 
     async def _tick(self) -> None:
         """While somebody waits: counts the tokens of those that run, and ends waits too long."""
-        while len(self.admission):
-            await asyncio.sleep(TICK_S)
-            for ticket in list(self.admission.running()):
-                if (turn := self._turns.get(ticket)) and turn.request_id is not None:
-                    self.admission.progress(ticket, produced(self._engine, turn.request_id))
-            self._expire()
-            self._decide()
-        self._ticking = None
+        try:
+            while len(self.admission):
+                await asyncio.sleep(TICK_S)
+                self._expire()
+                self._decide()
+        finally:
+            self._ticking = None
+
+    def _meter(self) -> None:
+        """Counts tokens that the engine has and has not handed out yet."""
+        self._metered = time.monotonic()
+        for ticket in list(self.admission.running()):
+            if (turn := self._turns.get(ticket)) and turn.request_id is not None:
+                self.admission.progress(ticket, produced(self._engine, turn.request_id))
 
     def _expire(self) -> None:
         latest = time.monotonic() - self.times.queue

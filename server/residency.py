@@ -112,7 +112,7 @@ class Residency:
 
     places: int
     slots: int
-    policy: Policy = field(default_factory=Lru)
+    policy: Policy = field(default_factory=GreedyDual)
     changed: Callable[[str], None] = lambda digest: None
     counts: Counts = field(default_factory=Counts)
 

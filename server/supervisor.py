@@ -87,7 +87,10 @@ class Supervisor:
             reason = await self._serving.gateway.ended()
             failed = 0 if time.monotonic() - self._began > HEALTHY_S else failed
             self._say(f"{reason}; starting another")
-            await self._bury()
+            try:
+                await self._bury()
+            except Exception as error:
+                self._say(f"the engine's end was not in order: {error}")
             failed = await self._again(failed)
 
     async def stop(self) -> None:
@@ -103,10 +106,11 @@ class Supervisor:
             failed += 1
             try:
                 handlers = await self.begin()
+                await self.pin()
             except Exception as error:
                 self._say(f"the engine did not start: {error}")
+                await self._end()  # what there is of it by now
                 continue
-            await self.pin()
             self._serving.handlers = handlers
             self._serving.restarts += 1
             self._say("the engine runs again")
@@ -121,9 +125,15 @@ class Supervisor:
         suspects = gateway.close()
         await self._accuse(suspects)
         launch.release(self._engine)
+        await self._end()
+
+    async def _end(self) -> None:
+        if self._engine is None:
+            return
+        ending = asyncio.to_thread(launch.end, self._engine, self._processes)
+        self._engine, self._processes = None, Processes([])
         try:
-            async with asyncio.timeout(END_S):
-                await asyncio.to_thread(launch.end, self._engine, self._processes)
+            await asyncio.wait_for(ending, END_S)
         except TimeoutError:
             self._say(f"the engine's end takes more than {END_S} s; going on without it")
 

@@ -25,6 +25,7 @@ class Small:
         self.short = 0
         self.status = 200
         self.error: str | None = None
+        self.headers: dict[str, str] = {}
         self.url = ""
 
     async def completions(self, request: web.Request) -> web.StreamResponse:
@@ -34,7 +35,8 @@ class Small:
             return web.Response(status=self.status, text="no such adapter")
         self.running += 1
         self.most = max(self.most, self.running)
-        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        headers = {"content-type": "text/event-stream", **self.headers}
+        response = web.StreamResponse(headers=headers)
         await response.prepare(request)
         left = body["max_tokens"] - self.short
         first = self.together
@@ -142,6 +144,24 @@ async def test_a_limit(small: Small) -> None:
     small.step_s = 0.5
     with pytest.raises(load.LoadError, match="TimeoutError"):
         await load.run(small.url, load.OpenAI(), [ask()], limit_s=0.2)
+
+
+async def test_what_the_server_says_of_the_load_is_kept(small: Small) -> None:
+    (silent,) = await load.run(small.url, load.OpenAI(), [ask()])
+    small.headers = {"x-loraplex-load-ms": "12"}
+    (loaded,) = await load.run(small.url, load.OpenAI(), [ask()])
+    assert (silent.load_ms, loaded.load_ms) == (None, 12.0)
+
+
+async def test_a_client_goes_on_after_a_failure(small: Small) -> None:
+    async with load.connect(small.url, load.OpenAI()) as client:
+        small.status = 503
+        refused = await client.ask(ask())
+        small.status = 200
+        first, second = await client.in_turn([ask(), ask()])
+    assert (refused.error, refused.times) == ("503 no such adapter", ())
+    assert (first.error, second.error) == (None, None)
+    assert refused.sent_s < first.sent_s < first.times[-1] <= second.sent_s
 
 
 async def test_no_server() -> None:

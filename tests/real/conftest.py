@@ -1,6 +1,7 @@
 """One real server for the whole test run: the command, the engine, the demo adapters."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +15,8 @@ import pytest
 import torch
 
 START_S = 300  # the first start of all compiles the model: 90 on a quiet machine
+LEFT_S = 20  # until what a test has left under way must be done
+COMPARED_S = 2  # until the server has compared what the engine has with what it should have
 
 
 class Server:
@@ -59,6 +62,44 @@ class Server:
         assert self.process is not None
         self.process.send_signal(how)
         self.process.wait(30)
+
+
+def nothing_left(client: httpx.Client) -> None:
+    """No request, load or lease is left behind, and the engine has what it should have."""
+    deadline = time.monotonic() + LEFT_S
+    while (left := _under_way(client)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not left, left
+    time.sleep(COMPARED_S)
+    drift = [line for line in _metrics(client) if re.match("loraplex_engine_drift ", line)]
+    assert drift == ["loraplex_engine_drift 0.0"]
+    assert not _under_way(client)
+
+
+def _under_way(client: httpx.Client) -> list[str]:
+    """Series that say that somebody waits or runs; all but those by adapter must be there."""
+    lines = _metrics(client)
+    totals = [line for line in lines if re.match("loraplex_(under_way|leases) ", line)]
+    assert len(totals) == 2, lines
+    some = [line for line in lines if re.match(r"loraplex_requests_(waiting|running)\{", line)]
+    return [line for line in totals if not line.endswith(" 0.0")] + some
+
+
+def _metrics(client: httpx.Client) -> list[str]:
+    return client.get("/metrics").text.splitlines()
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each test with the session's server, unless the test has ended it."""
+    if not {"http", "server"} & {*request.fixturenames}:
+        yield
+        return
+    server: Server = request.getfixturevalue("server")
+    yield
+    if server.process is not None and server.process.poll() is None:
+        with httpx.Client(base_url=server.url, timeout=30) as client:
+            nothing_left(client)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -1,56 +1,98 @@
-"""Residency against random schedules: capacity and leases hold whatever happens in what order."""
+"""Residency against random schedules: capacity, leases and order hold whatever happens when."""
+
+from collections.abc import Callable
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from hypothesis.stateful import (
+    RuleBasedStateMachine,
+    initialize,
+    invariant,
+    precondition,
+    rule,
+)
 
-from server.residency import Entry, Residency
+from server.residency import Entry, GreedyDual, Load, Lru, Policy, Residency, State, Swap
 
-DIGESTS = ["a", "b", "c", "d", "e"]
-
-
-def load(residency: Residency, digest: str) -> Entry:
-    granted = residency.lease(digest)
-    assert granted is not None
-    entry, work = granted
-    if work is not None:
-        residency.loaded(digest)
-    return entry
+DIGESTS = ["a", "b", "c", "d", "e", "f"]
+digests = st.sampled_from(DIGESTS)
 
 
-def test_the_first_lease_brings_the_load_and_later_ones_wait_for_it() -> None:
-    residency = Residency(2)
-    entry, work = residency.lease("a")  # type: ignore[misc]
-    assert work is not None
-    assert (work.digest, work.evict) == ("a", None)
-    assert residency.lease("a") == (entry, None)
-    assert (residency.tier("a"), residency.leases("a")) == ("loading", 2)
-    residency.loaded("a")
-    assert residency.tier("a") == "host"
+def has(residency: Residency, digest: str, seconds: float = 1.0) -> Load:
+    """`digest` on the host."""
+    load = residency.begin(digest)
+    assert load is not None
+    residency.loaded(digest, seconds, 10)
+    return load
+
+
+def use(residency: Residency, digest: str) -> None:
+    residency.release(residency.lease(digest))
+
+
+def test_a_load_goes_from_nowhere_to_the_host() -> None:
+    residency = Residency(2, 1)
+    assert residency.begin("a") == Load("a", None)
+    assert (residency.tier("a"), residency.standing("a")) == ("loading", State.LOADING)
+    residency.loaded("a", 0.5, 10)
+    assert (residency.tier("a"), residency.size("a"), residency.bytes()) == ("host", 10, 10)
+    assert residency.counts.loads == 1
+
+
+def test_what_is_here_is_not_loaded_again() -> None:
+    residency = Residency(2, 1)
+    residency.begin("a")
+    with pytest.raises(ValueError, match="here already"):
+        residency.begin("a")
+
+
+def test_a_failed_load_leaves_nothing() -> None:
+    residency = Residency(1, 1)
+    residency.begin("a")
+    residency.failed("a")
+    assert (residency.tier("a"), residency.counts.failures) == ("disk", 1)
+    assert residency.begin("b") == Load("b", None)
+
+
+def test_only_what_is_loaded_can_be_leased() -> None:
+    residency = Residency(1, 1)
+    residency.begin("a")
+    with pytest.raises(ValueError, match="not loaded"):
+        residency.lease("a")
 
 
 def test_the_least_recently_leased_goes_first() -> None:
-    residency = Residency(2)
-    for digest in ("a", "b", "a"):
-        residency.release(load(residency, digest))
-    _, work = residency.lease("c")  # type: ignore[misc]
-    assert work is not None
-    assert work.evict == "b"
+    residency = Residency(2, 1)
+    for digest in ("a", "b"):
+        has(residency, digest)
+    use(residency, "a")
+    assert has(residency, "c").evict == "b"
 
 
 def test_no_place_while_all_are_leased() -> None:
-    residency = Residency(1)
-    entry = load(residency, "a")
-    assert residency.lease("b") is None
+    residency = Residency(1, 1)
+    has(residency, "a")
+    entry = residency.lease("a")
+    assert residency.begin("b") is None
     residency.release(entry)
-    assert residency.lease("b") is not None
+    assert residency.begin("b") == Load("b", "a")
+
+
+def test_what_is_to_be_kept_is_kept() -> None:
+    residency = Residency(2, 1)
+    has(residency, "a")
+    has(residency, "b")
+    assert residency.begin("c", lambda digest: True) is None
+    assert residency.begin("c", lambda digest: digest == "a") == Load("c", "b")
 
 
 def test_what_is_used_or_loading_cannot_be_dropped() -> None:
-    residency = Residency(2)
-    entry, _ = residency.lease("a")  # type: ignore[misc]
+    residency = Residency(2, 1)
+    residency.begin("a")
     assert not residency.drop("a")
-    residency.loaded("a")
+    residency.loaded("a", 1, 1)
+    entry = residency.lease("a")
     assert not residency.drop("a")
     residency.release(entry)
     assert residency.drop("a")
@@ -59,64 +101,251 @@ def test_what_is_used_or_loading_cannot_be_dropped() -> None:
 
 
 def test_a_lease_is_given_back_once() -> None:
-    residency = Residency(1)
-    entry = load(residency, "a")
+    residency = Residency(1, 1)
+    has(residency, "a")
+    entry = residency.lease("a")
     residency.release(entry)
     with pytest.raises(ValueError, match="no lease"):
         residency.release(entry)
 
 
-@settings(max_examples=300, deadline=None)
-@given(
-    capacity=st.integers(1, 4),
-    schedule=st.lists(
-        st.tuples(st.sampled_from(["lease", "end", "release", "drop"]), st.sampled_from(DIGESTS)),
-        max_size=80,
-    ),
-    fails=st.lists(st.booleans(), min_size=80, max_size=80),
+@pytest.mark.parametrize("policy", [Lru, GreedyDual])
+def test_what_is_useless_goes_first(policy: Callable[[], Policy]) -> None:
+    residency = Residency(2, 1, policy())
+    has(residency, "a")
+    has(residency, "b")
+    use(residency, "a")
+    residency.release(residency.lease("b"), useless=True)
+    assert has(residency, "c").evict == "b"
+
+
+def test_as_many_as_slots_stay_free_of_pins() -> None:
+    residency = Residency(3, 2)
+    for digest in "abc":
+        has(residency, digest)
+    assert residency.pin("a")
+    assert residency.pin("a")
+    assert not residency.pin("b")
+    residency.unpin("a")
+    assert residency.pin("b")
+    assert residency.pinned() == ["b"]
+
+
+def test_the_least_recently_used_leaves_its_slot() -> None:
+    residency = Residency(3, 2)
+    for digest in "abc":
+        has(residency, digest)
+    for digest in ("a", "b", "a"):
+        entry = residency.lease(digest)
+        residency.enter(digest)
+        residency.release(entry)
+    residency.lease("c")
+    assert residency.enter("c") == Swap("c", "b")
+    assert residency.in_slots() == ["a", "c"]
+    residency.leave("c")
+    assert (residency.tier("c"), residency.tier("a")) == ("host", "slot")
+
+
+def test_greedy_dual_keeps_what_is_dear_until_it_is_old() -> None:
+    residency = Residency(2, 1, GreedyDual())
+    has(residency, "dear", seconds=5)
+    has(residency, "cheap", seconds=1)
+    use(residency, "dear")
+    use(residency, "cheap")
+    assert has(residency, "c", seconds=2).evict == "cheap"  # level 1
+    use(residency, "c")  # worth 3
+    assert has(residency, "d", seconds=2.5).evict == "c"  # level 3
+    use(residency, "d")  # worth 5.5: dearer by now than what was used once at level 0
+    assert has(residency, "e").evict == "dear"
+
+
+class Machine(RuleBasedStateMachine):
+    """An engine that does as it is told, a model of what is where, and books of our own."""
+
+    @initialize(
+        slots=st.integers(1, 3),
+        spare=st.integers(0, 2),
+        greedy=st.booleans(),
+    )
+    def begin_with(self, slots: int, spare: int, greedy: bool) -> None:
+        self.policy: Policy = GreedyDual() if greedy else Lru()
+        self.told: list[str] = []
+        self.residency = Residency(slots + spare, slots, self.policy, self._changed)
+        self.loading: set[str] = set()
+        self.host: dict[str, tuple[float, float]] = {}  # worth by our own books, seconds
+        self.uses: dict[str, int] = {}
+        self.slots: list[str] = []
+        self.pinned: set[str] = set()
+        self.held: list[Entry] = []
+        self.level, self.turn = 0.0, 0
+        self.expected: list[str] = []
+        self.counted = [0, 0, 0, 0]  # loads, failures, evictions, swaps
+
+    def _changed(self, digest: str) -> None:
+        self.told.append(digest)
+
+    def _used(self, digest: str, seconds: float) -> None:
+        self.turn += 1
+        worth = (
+            float(self.turn)
+            if isinstance(self.policy, Lru)
+            else self.level + self.uses[digest] * seconds
+        )
+        self.host[digest] = worth, seconds
+
+    def _gone(self, digest: str) -> None:
+        self.expected.append(digest)
+        self.loading.discard(digest)
+        self.host.pop(digest, None)
+        self.pinned.discard(digest)
+        if digest in self.slots:
+            self.slots.remove(digest)
+
+    def _leased(self) -> set[str]:
+        return {entry.digest for entry in self.held}
+
+    @rule(digest=digests, kept=st.sets(digests))
+    def begin(self, digest: str, kept: set[str]) -> None:
+        if digest in self.host or digest in self.loading:
+            with pytest.raises(ValueError, match="here already"):
+                self.residency.begin(digest)
+            return
+        idle = self.host.keys() - self._leased() - self.pinned - kept
+        load = self.residency.begin(digest, kept.__contains__)
+        full = len(self.host) + len(self.loading) == self.residency.places
+        if load is None:
+            assert full
+            assert not idle
+            return
+        assert load.digest == digest
+        assert (load.evict is not None) == full
+        if load.evict is not None:
+            assert load.evict in idle
+            worth = self.host[load.evict][0]
+            assert worth == min(self.host[each][0] for each in idle)
+            self.level = max(self.level, worth)
+            self._gone(load.evict)
+            self.counted[2] += 1
+        self.loading.add(digest)
+        self.expected.append(digest)
+
+    @precondition(lambda self: self.loading)
+    @rule(data=st.data(), fails=st.booleans(), seconds=st.integers(1, 5))
+    def end_a_load(self, data: st.DataObject, fails: bool, seconds: int) -> None:
+        digest = data.draw(st.sampled_from(sorted(self.loading)))
+        if fails:
+            self.residency.failed(digest)
+            self._gone(digest)
+            self.counted[1] += 1
+            return
+        self.residency.loaded(digest, seconds, 10)
+        self.loading.remove(digest)
+        self.uses[digest] = 0
+        self._used(digest, seconds)
+        self.expected.append(digest)
+        self.counted[0] += 1
+
+    @precondition(lambda self: self.host)
+    @rule(data=st.data(), enters=st.booleans())
+    def lease(self, data: st.DataObject, enters: bool) -> None:
+        digest = data.draw(st.sampled_from(sorted(self.host)))
+        if len(self._leased() | {digest}) > self.residency.slots:
+            return  # admission never lets more be in flight
+        self.held.append(self.residency.lease(digest))
+        self.uses[digest] += 1
+        self._used(digest, self.host[digest][1])
+        if not enters:
+            return
+        free = len(self.slots) < self.residency.slots
+        swap = self.residency.enter(digest)
+        if digest in self.slots:
+            assert swap is None
+            self.slots.remove(digest)
+        else:
+            idle = [each for each in self.slots if each not in self._leased()]
+            assert swap == Swap(digest, None if free else idle[0])
+            if not free:
+                self.slots.remove(idle[0])
+            self.counted[3] += 1
+        self.slots.append(digest)
+
+    @precondition(lambda self: self.held)
+    @rule(data=st.data(), useless=st.booleans())
+    def release(self, data: st.DataObject, useless: bool) -> None:
+        entry = self.held.pop(data.draw(st.integers(0, len(self.held) - 1)))
+        self.residency.release(entry, useless=useless)
+        if useless:
+            self.host[entry.digest] = 0.0, self.host[entry.digest][1]
+
+    @rule(digest=digests)
+    def drop(self, digest: str) -> None:
+        could = digest in self.host and digest not in self._leased()
+        assert self.residency.drop(digest) == could
+        if could:
+            self._gone(digest)
+
+    @rule(digest=digests)
+    def pin(self, digest: str) -> None:
+        if digest not in self.host and digest not in self.loading:
+            self.residency.unpin(digest)
+            return
+        room = len(self.pinned) < self.residency.places - self.residency.slots
+        assert self.residency.pin(digest) == (digest in self.pinned or room)
+        if room:
+            self.pinned.add(digest)
+
+    @rule(digest=digests)
+    def unpin(self, digest: str) -> None:
+        self.residency.unpin(digest)
+        self.pinned.discard(digest)
+
+    @precondition(lambda self: self.slots)
+    @rule(data=st.data())
+    def a_swap_fails(self, data: st.DataObject) -> None:
+        digest = data.draw(st.sampled_from(self.slots))
+        if digest not in self._leased():
+            self.residency.leave(digest)
+            self.slots.remove(digest)
+
+    @invariant()
+    def the_books_agree(self) -> None:
+        residency = self.residency
+        assert self.told == self.expected
+        assert len(self.host) + len(self.loading) <= residency.places
+        assert {entry.digest for entry in residency.entries()} == self.host.keys() | self.loading
+        assert residency.in_slots() == self.slots
+        assert len(self.slots) <= residency.slots
+        assert set(self.slots) <= self.host.keys()
+        assert self._leased() | self.pinned <= self.host.keys() | self.loading
+        assert set(residency.pinned()) == self.pinned
+        assert residency.bytes() == 10 * len(self.host)
+        counts = residency.counts
+        assert [counts.loads, counts.failures, counts.evictions, counts.swaps] == self.counted
+        for digest in DIGESTS:
+            place = "slot" if digest in self.slots else "host" if digest in self.host else "disk"
+            assert residency.tier(digest) == ("loading" if digest in self.loading else place)
+            assert residency.leases(digest) == sum(e.digest == digest for e in self.held)
+
+
+TestAnySchedule = Machine.TestCase
+TestAnySchedule.settings = settings(
+    max_examples=250,
+    stateful_step_count=60,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow],
 )
-def test_invariants_hold_in_any_order(
-    capacity: int, schedule: list[tuple[str, str]], fails: list[bool]
-) -> None:
-    residency = Residency(capacity)
-    held: list[Entry] = []
-    loading: set[str] = set()
-    inside: set[str] = set()  # what an engine that does as told has
-    for (action, digest), fail in zip(schedule, fails, strict=False):
-        if action == "lease":
-            granted = residency.lease(digest)
-            if granted is None:
-                assert digest not in inside | loading
-                leased = {entry.digest for entry in held} | loading
-                assert len(leased) == capacity
-                continue
-            entry, work = granted
-            held.append(entry)
-            if work is not None:
-                assert digest not in inside | loading
-                if work.evict is not None:
-                    assert work.evict not in {e.digest for e in held} | loading
-                    inside.remove(work.evict)
-                loading.add(digest)
-        elif action == "end" and digest in loading:
-            loading.remove(digest)
-            if fail:
-                residency.failed(digest)
-                held = [entry for entry in held if entry.digest != digest]
-            else:
-                residency.loaded(digest)
-                inside.add(digest)
-        elif action == "release":
-            for entry in held:
-                if entry.digest == digest:
-                    residency.release(entry)
-                    held.remove(entry)
-                    break
-        elif action == "drop" and residency.drop(digest):
-            assert digest not in {entry.digest for entry in held}
-            inside.remove(digest)
-        assert len(inside | loading) <= capacity
-        for each in DIGESTS:
-            known = "host" if each in inside else "loading" if each in loading else "disk"
-            assert residency.tier(each) == known
-            assert residency.leases(each) == sum(entry.digest == each for entry in held)
+
+
+@settings(max_examples=100, deadline=None)
+@given(used=st.lists(digests, max_size=30), places=st.integers(1, 5))
+def test_lru_is_the_textbooks(used: list[str], places: int) -> None:
+    residency = Residency(places, 1, Lru())
+    order: list[str] = []  # least recently used first
+    for digest in used:
+        if residency.standing(digest) is None:
+            evicted = has(residency, digest).evict
+            assert evicted == (order.pop(0) if len(order) == places else None)
+        else:
+            order.remove(digest)
+        use(residency, digest)
+        order.append(digest)

@@ -357,7 +357,7 @@ class Workers:
 
 class Worker(plugin.WorkerExtension):
     def __init__(self, form: op.Op) -> None:
-        self.model_runner = SimpleNamespace(lora_manager=worker_of(form))
+        self.model_runner = SimpleNamespace(lora_manager=worker_of(form), requests={"a": 1})
 
 
 @pytest.fixture
