@@ -252,9 +252,7 @@ async def test_residency_by_hand(home: Path, base_folder: Path, make_adapter: Ma
         await long
 
 
-async def test_the_calls_of_vllm(
-    home: Path, base_folder: Path, make_adapter: MakeAdapter
-) -> None:
+async def test_the_calls_of_vllm(home: Path, base_folder: Path, make_adapter: MakeAdapter) -> None:
     folder = make_adapter(9)
     flags = ("--import-from", f"file://{folder.parent}")
     async with served(home, base_folder, make_adapter, *flags) as (_, client):
