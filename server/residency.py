@@ -71,18 +71,19 @@ class Lru:
 
 
 class GreedyDual:
-    """The one that costs least to be without goes first: uses × reload time, aged by evictions.
+    """The one that costs least to be without goes first: uses × reload cost, aged by evictions.
 
     GreedyDual-Size with Frequency (Cherkasova, "Improving WWW Proxies Performance with
-    Greedy-Dual-Size-Frequency Caching Policy", HP Labs 1998), for places that are all alike: size
-    counts by the time that it takes to load.
+    Greedy-Dual-Size-Frequency Caching Policy", HP Labs 1998), for places that are all alike. Cost
+    is bytes, which a reload takes its time by: times that were measured beside a busy engine say
+    more of the engine than of the adapter.
     """
 
     def __init__(self) -> None:
         self._level = 0.0
 
     def used(self, entry: Entry) -> None:
-        entry.worth = self._level + entry.uses * entry.load_s
+        entry.worth = self._level + entry.uses * entry.bytes
 
     def evicted(self, entry: Entry) -> None:
         self._level = max(self._level, entry.worth)

@@ -116,10 +116,12 @@ def upload(client: httpx.Client, name: str, folder: Path, **fields: str) -> http
 
 
 def cool(client: httpx.Client) -> None:
-    """Fills the host cache with others than the adapter that was uploaded last."""
-    for name in ("one", "two", "three"):
-        asked = {"model": name, "prompt": "Hi", "max_tokens": 1}
-        assert client.post("/v1/completions", json=asked).status_code == 200
+    """Has nothing loaded: who is asked for next is loaded from disk."""
+    listed = client.get("/v1/adapters", params={"limit": 1000}).json()["data"]
+    for version in (version for adapter in listed for version in adapter["versions"]):
+        if version["residency"] != "disk":
+            reply = client.post(f"/v1/adapters/{version['reference']}/unload")
+            assert reply.json()["residency"] == "disk", reply.text
 
 
 @pytest.fixture(scope="session")

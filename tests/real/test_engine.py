@@ -1,6 +1,7 @@
 """The real engine keeps the contract that the fake one does (tests/http/test_fake_engine.py)."""
 
 import asyncio
+import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,7 @@ async def engine(session_home: Path, base_folder: Path) -> AsyncIterator[Any]:
     assert (launch.dtype(args, base_folder), engine.model_config.dtype) == ("BF16", torch.bfloat16)
     yield engine
     engine.shutdown(timeout=1)
+    del os.environ[lifeline.SERVER]  # other tests' engines are in no server
 
 
 @pytest.fixture(scope="module")

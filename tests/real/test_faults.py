@@ -28,7 +28,7 @@ from tests.conftest import MakeAdapter, with_base
 from tests.http.conftest import upload
 from tests.processes import descendants
 from tests.real.conftest import START_S, Server, nothing_left
-from tests.real.test_lifecycle import bent, refused
+from tests.real.test_lifecycle import bent, refused, scaled
 
 pytestmark = pytest.mark.timeout(2 * START_S)  # a start, and what is done with it
 
@@ -41,6 +41,7 @@ DISK_MB = 256
 ASKED = {"prompt": "The sea", "max_tokens": 8, "temperature": 0}
 OTHERS = ("one", "two", "three")  # as many as the host cache holds
 ROUNDS = 10
+WILD = 6  # uploads: half of them would be noticed if their NaN stayed in memory
 FLAGS = ("--no-demo-adapters", "--max-loras", "2", "--max-cpu-loras", "3", "--max-lora-rank", "8")
 TIMES = ("--load-timeout", str(LOAD_S), "--engine-timeout", str(SILENCE_S))
 # A superuser whom file modes bind as they do anybody else.
@@ -189,6 +190,13 @@ class Site:
     def version(self, name: str) -> dict[str, Any]:
         (version,) = self.client.get(f"/v1/adapters/{name}").json()["versions"]
         return version
+
+    def unload_all(self) -> None:
+        listed = self.client.get("/v1/adapters", params={"limit": 1000}).json()["data"]
+        for version in (version for adapter in listed for version in adapter["versions"]):
+            if version["residency"] != "disk":
+                reply = self.client.post(f"/v1/adapters/{version['reference']}/unload")
+                assert reply.json()["residency"] == "disk", reply.text
 
     def cold(self, name: str) -> "Victim":
         """A new adapter that others have pushed out of the engine."""
@@ -457,6 +465,20 @@ def test_nan_in_the_engine_is_nobody_elses(site: Site) -> None:
     victim.serves()
 
 
+def test_nan_that_an_upload_computes_is_nobody_elses(site: Site) -> None:
+    """Not even in the memory that it had: whoever gets that next says what it always says."""
+
+    def all_said() -> list[str]:
+        replies = [site.ask("base", prompt="the sea " * n, max_tokens=12) for n in (1, 4, 12, 40)]
+        return [reply.json()["choices"][0]["text"] for reply in replies]
+
+    before = all_said()
+    for turn in range(WILD):
+        wild = bent(site.adapter(), site.scratch / f"wild-{turn}", scaled(1e36))
+        assert refused(upload(site.client, "wild", wild)) == ["nonfinite_output"]
+        assert all_said() == before
+
+
 def test_an_upload_with_nan_is_refused(site: Site) -> None:
     folder = site.adapter()
     spoil(folder / WEIGHTS)
@@ -469,17 +491,17 @@ def test_an_upload_with_nan_is_refused(site: Site) -> None:
 def test_the_disk_is_full(site: Site, where: str) -> None:
     if site.disk is None:
         pytest.skip("a small disk cannot be mounted here")
-    folder = site.adapter()
+    folder, name = site.adapter(), f"too-much-{where.replace(' ', '-')}"
     sealed = sorted(site.disk.glob("sealed/*/*"))
     room = sum(file.stat().st_size for file in folder.iterdir())
     left = room // 2 if where == "arriving" else room + room // 4
     with site.streams(), full(site.disk, left):
-        reply = upload(site.client, "too-much", folder)
+        reply = upload(site.client, name, folder)
         fails(reply, 507, "no_space", "the disk is full")
-        assert site.client.get("/v1/adapters/too-much").status_code == 404
+        assert site.client.get(f"/v1/adapters/{name}").status_code == 404
         assert not list(site.disk.glob("incoming/*"))
         assert sorted(site.disk.glob("sealed/*/*")) == sealed
-    assert upload(site.client, "too-much", folder).status_code == 201
+    assert upload(site.client, name, folder).status_code == 201
 
 
 @contextlib.contextmanager
@@ -524,11 +546,13 @@ def test_a_slow_disk_holds_up_nobody_else(site: Site) -> None:
 def test_a_disk_that_hangs_ends_in_a_time_out(site: Site) -> None:
     """As many loads hang as there are threads that read; what is loaded is served meanwhile."""
     victims = [site.cold("hung-1"), site.cold("hung-2")]
+    site.unload_all()
+    site.said(OTHERS[0])  # loaded, with room for the two beside it
     with site.streams() as streams:
         with site.slowly(600):
             hung = [Stream(site.server.url, each.name, 8) for each in victims]
             time.sleep(1)
-            site.said(OTHERS[-1])
+            site.said(OTHERS[0])
             for each, victim in zip(hung, victims, strict=True):
                 each.join()
                 fails(each.reply, 503, "adapter_load_timeout", victim.digest, f"{LOAD_S} s")

@@ -19,11 +19,11 @@ DIGESTS = ["a", "b", "c", "d", "e", "f"]
 digests = st.sampled_from(DIGESTS)
 
 
-def has(residency: Residency, digest: str, seconds: float = 1.0) -> Load:
+def has(residency: Residency, digest: str, size: int = 2) -> Load:
     """`digest` on the host."""
     load = residency.begin(digest)
     assert load is not None
-    residency.loaded(digest, seconds, 10)
+    residency.loaded(digest, 1.0, size)
     return load
 
 
@@ -148,14 +148,14 @@ def test_the_least_recently_used_leaves_its_slot() -> None:
 
 def test_greedy_dual_keeps_what_is_dear_until_it_is_old() -> None:
     residency = Residency(2, 1, GreedyDual())
-    has(residency, "dear", seconds=5)
-    has(residency, "cheap", seconds=1)
+    has(residency, "dear", size=10)
+    has(residency, "cheap", size=2)
     use(residency, "dear")
     use(residency, "cheap")
-    assert has(residency, "c", seconds=2).evict == "cheap"  # level 1
-    use(residency, "c")  # worth 3
-    assert has(residency, "d", seconds=2.5).evict == "c"  # level 3
-    use(residency, "d")  # worth 5.5: dearer by now than what was used once at level 0
+    assert has(residency, "c", size=4).evict == "cheap"  # level 2
+    use(residency, "c")  # worth 6
+    assert has(residency, "d", size=5).evict == "c"  # level 6
+    use(residency, "d")  # worth 11: dearer by now than what was used once at level 0
     assert has(residency, "e").evict == "dear"
 
 
@@ -172,7 +172,7 @@ class Machine(RuleBasedStateMachine):
         self.told: list[str] = []
         self.residency = Residency(slots + spare, slots, self.policy, self._changed)
         self.loading: set[str] = set()
-        self.host: dict[str, tuple[float, float]] = {}  # worth by our own books, seconds
+        self.host: dict[str, tuple[float, float]] = {}  # worth by our own books, size
         self.uses: dict[str, int] = {}
         self.slots: list[str] = []
         self.pinned: set[str] = set()
@@ -184,14 +184,14 @@ class Machine(RuleBasedStateMachine):
     def _changed(self, digest: str) -> None:
         self.told.append(digest)
 
-    def _used(self, digest: str, seconds: float) -> None:
+    def _used(self, digest: str, size: float) -> None:
         self.turn += 1
         worth = (
             float(self.turn)
             if isinstance(self.policy, Lru)
-            else self.level + self.uses[digest] * seconds
+            else self.level + self.uses[digest] * size
         )
-        self.host[digest] = worth, seconds
+        self.host[digest] = worth, size
 
     def _gone(self, digest: str) -> None:
         self.expected.append(digest)
@@ -230,18 +230,18 @@ class Machine(RuleBasedStateMachine):
         self.expected.append(digest)
 
     @precondition(lambda self: self.loading)
-    @rule(data=st.data(), fails=st.booleans(), seconds=st.integers(1, 5))
-    def end_a_load(self, data: st.DataObject, fails: bool, seconds: int) -> None:
+    @rule(data=st.data(), fails=st.booleans(), size=st.integers(1, 5))
+    def end_a_load(self, data: st.DataObject, fails: bool, size: int) -> None:
         digest = data.draw(st.sampled_from(sorted(self.loading)))
         if fails:
             self.residency.failed(digest)
             self._gone(digest)
             self.counted[1] += 1
             return
-        self.residency.loaded(digest, seconds, 10)
+        self.residency.loaded(digest, 1.0, size)
         self.loading.remove(digest)
         self.uses[digest] = 0
-        self._used(digest, seconds)
+        self._used(digest, size)
         self.expected.append(digest)
         self.counted[0] += 1
 
@@ -318,7 +318,7 @@ class Machine(RuleBasedStateMachine):
         assert set(self.slots) <= self.host.keys()
         assert self._leased() | self.pinned <= self.host.keys() | self.loading
         assert set(residency.pinned()) == self.pinned
-        assert residency.bytes() == 10 * len(self.host)
+        assert residency.bytes() == sum(size for _, size in self.host.values())
         counts = residency.counts
         assert [counts.loads, counts.failures, counts.evictions, counts.swaps] == self.counted
         for digest in DIGESTS:
