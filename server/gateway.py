@@ -9,12 +9,12 @@ engine holds is derived from it. Who runs next is `admission`'s to say and what 
 import asyncio
 import itertools
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from adapters.effect import Effect
 from adapters.errors import AdapterError, AdapterNotFound, InvalidAdapter, InvalidReference, Problem
@@ -37,6 +37,8 @@ from server.errors import (
     TooManyPinned,
 )
 from server.residency import Entry, Load, Residency, State, Swap
+
+T = TypeVar("T")
 
 PROOF_TIMEOUT_S = 300  # an engine so busy that a new adapter gets no turn in this time
 PROOFS = "(proofs)"  # whose share proofs use: no adapter can be called that
@@ -101,6 +103,7 @@ class Gateway:
         self.residency = residency
         self.times = times
         self.drift: list[str] = []  # see `_compare`; the last time that the engine was idle
+        self._worked = 0  # turns and tasks so far: what the engine has may have changed
         self.refused = 0  # requests, for waiting too long or among too many
         self._numbers = numbers
         self._ids: dict[str, int] = {}
@@ -290,28 +293,37 @@ class Gateway:
 
     async def ended(self) -> str:
         """Returns when the engine has ended or hangs, with what to say of it."""
-        asked, compared = time.monotonic(), True
+        asked, compared = time.monotonic(), self._worked
         while not self._engine.errored:
             await asyncio.sleep(WATCH_S)
             now, idle = time.monotonic(), not self.admission.busy and not self._tasks
             if now - asked < (IDLE_S if idle else self.times.silence / ASKED):
                 continue
-            asked = now
-            if idle and compared:
+            asked, worked = now, self._worked
+            if idle and compared == worked:
                 continue
-            compared = idle
             try:
                 # The engine answers between two steps.
                 async with asyncio.timeout(self.times.silence):
-                    there = await self._loader.resident()
-                if idle and not self.admission.busy and not self._tasks:
-                    self.drift = self._compare(there)
+                    there = await self._unless_dead(self._loader.resident())
+                if idle and self._worked == worked and there is not None:
+                    self.drift, compared = self._compare(there), worked
             except TimeoutError:
                 return f"the engine has made no step for {self.times.silence:.0f} s"
             except Exception as error:
                 if not self._engine.errored:
                     return f"the engine is not what it should be: {error}"
         return "the engine has ended"
+
+    async def _unless_dead(self, answer: Awaitable[T]) -> T | None:
+        """`answer`, or None once the engine has ended: what is asked of a dead one stays open."""
+        task = asyncio.ensure_future(answer)
+        try:
+            while not task.done() and not self._engine.errored:
+                await asyncio.wait([task], timeout=WATCH_S)
+            return task.result() if task.done() else None
+        finally:
+            task.cancel()
 
     def close(self) -> frozenset[str]:
         """Ends all requests with EngineNotReady; returns the digests that were in the engine."""
@@ -404,6 +416,7 @@ class Gateway:
 
     def _leave(self, ticket: Ticket) -> None:
         turn = self._turns.pop(ticket)
+        self._worked += 1
         self.admission.leave(ticket)
         if turn.entry is not None:
             proof = ticket.adapter == PROOFS and turn.entry.uses == 1
@@ -529,7 +542,7 @@ class Gateway:
         return error
 
     def _unexpected(self, error: Exception, digest: str) -> Exception:
-        if self._engine.errored:
+        if self._suspects is not None or self._engine.errored:
             self._note_end()
             return EngineNotReady(ENDED)
         return AdapterLoadFailed(f"The adapter {digest} could not be put into the engine: {error}")
@@ -603,6 +616,7 @@ class Gateway:
 
     def _spawn(self, work: Any) -> asyncio.Task[Any]:
         task: asyncio.Task[Any] = asyncio.create_task(work)
+        self._worked += 1
         self._tasks.add(task)  # the loop keeps only a weak reference
         task.add_done_callback(self._tasks.discard)
         return task

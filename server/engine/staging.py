@@ -57,10 +57,10 @@ class _Reading:
         self.lora: LoRAModel | None = None
         self.error: str | None = None
         self.dropped = False
-        self._began = time.monotonic()
+        self._began = time.thread_time()
 
     def begin(self) -> None:
-        self._began = time.monotonic()
+        self._began = time.thread_time()
         self.pause()
 
     def pause(self) -> None:
@@ -71,10 +71,10 @@ class _Reading:
         """
         if self.dropped:
             raise _Dropped
-        worked = time.monotonic() - self._began
+        worked = time.thread_time() - self._began
         if worked > BURST_S:
             time.sleep(REST * worked if self._busy() else 0)
-            self._began = time.monotonic()
+            self._began = time.thread_time()
 
 
 class Staging:

@@ -10,7 +10,7 @@ from python_multipart.exceptions import MultipartParseError
 from python_multipart.multipart import MultipartParser, parse_options_header
 
 from adapters.errors import TooLarge
-from adapters.folder import CONFIG
+from adapters.folder import CONFIG, disk
 from adapters.peft import MAX_CONFIG
 from server.errors import BadRequest
 
@@ -44,17 +44,18 @@ async def receive(request: Request, folder: Path, max_bytes: int) -> Form:
     parts = _Parts(folder, max_bytes)
     parser = MultipartParser(options[b"boundary"], parts.callbacks())  # type: ignore[arg-type]
     received = 0
-    try:
-        async for chunk in request.stream():
-            received += len(chunk)
-            if received > max_bytes:
-                raise _too_large(max_bytes)
-            await anyio.to_thread.run_sync(parser.write, chunk)
-        parser.finalize()
-    except MultipartParseError as error:
-        raise BadRequest(f"The form cannot be read: {error}.") from None
-    finally:
-        parts.close()
+    with disk("keep an upload"):
+        try:
+            async for chunk in request.stream():
+                received += len(chunk)
+                if received > max_bytes:
+                    raise _too_large(max_bytes)
+                await anyio.to_thread.run_sync(parser.write, chunk)
+            parser.finalize()
+        except MultipartParseError as error:
+            raise BadRequest(f"The form cannot be read: {error}.") from None
+        finally:
+            parts.close()
     if not parts.ended:
         raise BadRequest("The form breaks off before its end.")
     return parts.form
