@@ -332,12 +332,9 @@ class Admission:
 
     def precedes(self, digest: str, other: str) -> bool:
         """Whether a request waits for `digest` that comes before those that wait for `other`."""
-        queue, against = self._queues.get(digest), self._queues.get(other)
-        if queue is None or not queue.waiting:
-            return False
-        if against is None or not against.waiting:
-            return True
-        return self._counter(queue) <= self._counter(against)
+        if not self.waits(digest) or not self.waits(other):
+            return self.waits(digest)
+        return self._counter(self._queues[digest]) <= self._counter(self._queues[other])
 
     # -- what can be asked --------------------------------------------------------------------
 

@@ -44,6 +44,7 @@ PROOF_TIMEOUT_S = 300  # an engine so busy that a new adapter gets no turn in th
 PROOFS = "(proofs)"  # whose share proofs use: no adapter can be called that
 LOADING = 2  # adapters that are loaded at once
 ENDED = "The engine has ended and is being started again. Ask again in a moment."
+SAVE_AGAIN = "Save the adapter again; if it {} elsewhere, report this as a fault of the checks."
 IDLE_S = 1.0  # without work, until what the engine has is compared with what it should have
 WATCH_S = 0.2  # between two looks at whether the engine has ended
 ASKED = 4  # times that a busy engine is asked for a sign in the time that it may be silent
@@ -68,6 +69,11 @@ class _Turn:
     granted: asyncio.Future[None]
     entry: Entry | None = None
     swap: asyncio.Task[Exception | None] | None = None
+
+    def refuse(self, error: Exception) -> None:
+        """Ends the wait with `error`, unless it has ended."""
+        if not self.granted.done():
+            self.granted.set_exception(error)
 
 
 class Gateway:
@@ -329,8 +335,7 @@ class Gateway:
         """Ends all requests with EngineNotReady; returns the digests that were in the engine."""
         suspects = self._note_end()
         for turn in self._turns.values():
-            if not turn.granted.done():
-                turn.granted.set_exception(EngineNotReady(ENDED))
+            turn.refuse(EngineNotReady(ENDED))
         for task in (*self._tasks, *([self._ticking] if self._ticking else [])):
             task.cancel()
         self._readers.shutdown(wait=False, cancel_futures=True)
@@ -550,8 +555,7 @@ class Gateway:
     def _refuse(self, digest: str, error: Exception) -> None:
         for ticket in self.admission.waiting(digest):
             self.admission.leave(ticket)
-            if not self._turns[ticket].granted.done():
-                self._turns[ticket].granted.set_exception(error)
+            self._turns[ticket].refuse(error)
 
     async def _tick(self) -> None:
         """While somebody waits: counts the tokens of those that run, and ends waits too long."""
@@ -575,10 +579,9 @@ class Gateway:
         while (ticket := self.admission.oldest()) is not None and ticket.arrived < latest:
             self.admission.leave(ticket)
             self.refused += 1
-            if not (granted := self._turns[ticket].granted).done():
-                granted.set_exception(
-                    Overloaded(f"No turn came within {self.times.queue:.0f} s. Ask again later.")
-                )
+            self._turns[ticket].refuse(
+                Overloaded(f"No turn came within {self.times.queue:.0f} s. Ask again later.")
+            )
 
     def _note_end(self) -> frozenset[str]:
         """What was in the engine when it ended, by the first who noticed."""
@@ -627,7 +630,7 @@ def _ends_engine() -> Problem:
         "engine_ended",
         "engine",
         "The engine has ended each time that it was to try this adapter out.",
-        "Save the adapter again; if it works elsewhere, report this as a fault of the checks.",
+        SAVE_AGAIN.format("works"),
     )
 
 
@@ -642,8 +645,7 @@ async def _done(task: asyncio.Task[Exception | None]) -> None:
 
 
 def _not_loaded(error: AdapterLoadFailed) -> Problem:
-    fix = "Save the adapter again; if it loads elsewhere, report this as a fault of the checks."
-    return Problem("engine_refused", "engine", error.message, fix)
+    return Problem("engine_refused", "engine", error.message, SAVE_AGAIN.format("loads"))
 
 
 class Proving:

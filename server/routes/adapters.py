@@ -24,6 +24,7 @@ from adapters.peft import AdapterSpec
 from adapters.registry import Adapter, Version
 from adapters.sources import archive
 from server.errors import BadRequest, describe
+from server.gateway import Gateway
 from server.imports import Import
 from server.routes import Json, Served, Serving
 from server.routes.upload import MAX_FIELD, Form, receive
@@ -251,8 +252,7 @@ async def delete_version(name: str, version: int, serving: Served) -> Json:
 @router.post("/{name}/load")
 async def load(name: str, serving: Served) -> Json:
     """Has an adapter (or a version, by reference) in the engine's host cache."""
-    gateway, _ = serving.ready()
-    version = await gateway.resolve(name, "name")
+    gateway, version = await _meant(name, serving)
     await gateway.load(version)
     return await run_sync(_show_version, serving, version)
 
@@ -260,8 +260,7 @@ async def load(name: str, serving: Served) -> Json:
 @router.post("/{name}/unload")
 async def unload(name: str, serving: Served) -> Json:
     """Takes it out of the engine; refused while requests use it, or it is pinned."""
-    gateway, _ = serving.ready()
-    version = await gateway.resolve(name, "name")
+    gateway, version = await _meant(name, serving)
     gateway.unload(version)
     return await run_sync(_show_version, serving, version)
 
@@ -269,8 +268,7 @@ async def unload(name: str, serving: Served) -> Json:
 @router.post("/{name}/pin")
 async def pin(name: str, serving: Served) -> Json:
     """Loads it and keeps it loaded, restarts included."""
-    gateway, _ = serving.ready()
-    version = await gateway.resolve(name, "name")
+    gateway, version = await _meant(name, serving)
     await gateway.pin(version)
     await run_sync(serving.registry.pin, version, True)
     return await run_sync(_show_version, serving, replace(version, pinned=True))
@@ -279,11 +277,16 @@ async def pin(name: str, serving: Served) -> Json:
 @router.post("/{name}/unpin")
 async def unpin(name: str, serving: Served) -> Json:
     """Lets it be evicted again."""
-    gateway, _ = serving.ready()
-    version = await gateway.resolve(name, "name")
+    gateway, version = await _meant(name, serving)
     await run_sync(serving.registry.pin, version, False)
     gateway.residency.unpin(version.digest)
     return await run_sync(_show_version, serving, replace(version, pinned=False))
+
+
+async def _meant(name: str, serving: Serving) -> tuple[Gateway, Version]:
+    """Who loads and unloads, and the version that a reference means."""
+    gateway, _ = serving.ready()
+    return gateway, await gateway.resolve(name, "name")
 
 
 def _expected(if_match: str | None, if_none_match: str | None = None) -> int | EllipsisType | None:

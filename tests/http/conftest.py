@@ -13,6 +13,7 @@ import uvicorn
 
 from server import app
 from server.config import Settings
+from server.gateway import Gateway
 from server.routes import Serving
 from tests import fake_engine
 from tests.conftest import MakeAdapter
@@ -33,6 +34,12 @@ class Running:
     def engine(self) -> Any:
         """The one of now: another takes the place of one that has ended."""
         return self.engines[-1]
+
+    @property
+    def gateway(self) -> Gateway:
+        """The one of now, which there must be."""
+        assert self.serving.gateway is not None
+        return self.serving.gateway
 
     @property
     def core(self) -> fake_engine.FakeCore:

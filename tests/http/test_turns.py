@@ -115,8 +115,7 @@ async def test_too_many_are_told_so_before_anything_is_streamed(
     flags = ("--max-num-seqs", "1", "--max-waiting", "2")
     async with served(home, base_folder, make_adapter, *flags) as (server, client):
         sent = [asyncio.create_task(ask(client, "base", 60)) for _ in range(3)]
-        gateway = server.serving.gateway
-        assert gateway is not None
+        gateway = server.gateway
         await until(lambda: len(gateway.admission) == 2)
         refused = await ask(client, "one", stream=stream)
         assert code(refused) == (429, "overloaded")
@@ -141,8 +140,7 @@ async def test_who_waits_and_hangs_up_leaves_the_queue(
     home: Path, base_folder: Path, make_adapter: MakeAdapter
 ) -> None:
     async with served(home, base_folder, make_adapter, "--max-num-seqs", "1") as (server, client):
-        gateway = server.serving.gateway
-        assert gateway is not None
+        gateway = server.gateway
         long = asyncio.create_task(ask(client, "base", 300))
         await asyncio.sleep(0.1)
         waiting = [asyncio.create_task(ask(client, name, stream=True)) for name in NAMES]
@@ -159,8 +157,7 @@ async def test_an_api_key_cannot_take_all_of_a_queue(
 ) -> None:
     flags = ("--max-num-seqs", "1", "--max-waiting-per-key", "2")
     async with served(home, base_folder, make_adapter, *flags) as (server, client):
-        gateway = server.serving.gateway
-        assert gateway is not None
+        gateway = server.gateway
 
         async def with_key(key: str, tokens: int) -> httpx.Response:
             asked = {"prompt": "Hi", "max_tokens": tokens, "ignore_eos": True}
@@ -180,8 +177,7 @@ async def test_several_replies_to_one_prompt_take_as_many_seats(
     home: Path, base_folder: Path, make_adapter: MakeAdapter
 ) -> None:
     async with served(home, base_folder, make_adapter, "--max-num-seqs", "4") as (server, client):
-        gateway = server.serving.gateway
-        assert gateway is not None
+        gateway = server.gateway
         asked = [asyncio.create_task(ask(client, "one", 40, n=3)) for _ in range(2)]
         await until(lambda: len(gateway.admission) == 1)
         assert {len((await each).json()["choices"]) for each in asked} == {3}
@@ -275,8 +271,7 @@ async def test_metrics_say_who_waits(
 ) -> None:
     async with served(home, base_folder, make_adapter, "--max-num-seqs", "1") as (server, client):
         sent = [asyncio.create_task(ask(client, "one", 60)) for _ in range(3)]
-        gateway = server.serving.gateway
-        assert gateway is not None
+        gateway = server.gateway
         await until(lambda: len(gateway.admission) == 2)
         text = (await client.get("/metrics")).text
         assert 'loraplex_requests_waiting{adapter="one"} 2.0' in text

@@ -32,13 +32,6 @@ class Layer:
         raise AssertionError("only for other groups of slices than the layer's")
 
 
-@pytest.fixture
-def form(monkeypatch: pytest.MonkeyPatch) -> op.Op:
-    reference = op.Reference()
-    monkeypatch.setattr(op, "install", lambda: reference)
-    return reference
-
-
 def slots_of(form: op.Op) -> Any:
     """Our slots, two of them and three places on the host, without a model."""
     made = punica.OpModelManager.__new__(punica.OpModelManager)

@@ -27,13 +27,6 @@ from tests.server.test_punica import D_IN, NAME, WIDTHS, said, slots_of
 LONG_S = 20
 
 
-@pytest.fixture
-def form(monkeypatch: pytest.MonkeyPatch) -> op.Op:
-    reference = op.Reference()
-    monkeypatch.setattr(op, "install", lambda: reference)
-    return reference
-
-
 def worker_of(form: op.Op) -> Any:
     """vLLM's own loader over our slots, as far as it looks at them."""
     manager = slots_of(form)
