@@ -43,6 +43,7 @@ def register() -> None:
 
     if not current_platform.is_cpu():
         return
+    _zero_blocks_before_use()
     platform: Any = type(current_platform)
     if _form() != "off":
         _use_op(compiled=_form() == "compiled")
@@ -122,6 +123,23 @@ def _refuse_to_read(self: Any, lora_request: Any) -> Any:
         f"adapter {lora_request.lora_int_id} was asked for before it was staged: the engine reads "
         "no files in a step"
     )
+
+
+def _zero_blocks_before_use() -> None:
+    """Has vLLM zero each KV cache block when a request gets it, as it does for some models anyway.
+
+    Attention on CPU multiplies what lies in a block behind the last token by zero, and zero times
+    NaN is NaN: what one request has left there would change another's reply.
+    """
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
+
+    _expect_parameters(CPUModelRunner._zero_block_ids, "self", "block_ids")
+    _expect(
+        isinstance(KVCacheConfig.__dict__.get("needs_kv_cache_zeroing"), property),
+        "it does not say whether the blocks of its KV cache are zeroed",
+    )
+    KVCacheConfig.needs_kv_cache_zeroing = property(lambda self: True)
 
 
 def _use_wrapper(platform: Any, ours: str) -> None:

@@ -30,11 +30,7 @@ from tests.processes import descendants
 from tests.real.conftest import START_S, Server, nothing_left
 from tests.real.test_lifecycle import bent, refused, scaled
 
-pytestmark = [
-    pytest.mark.timeout(2 * START_S),  # a start, and what is done with it
-    # Some of it fails: NaN that one request leaves in the KV cache is read by others on CPU.
-    pytest.mark.skipif("TEST_FAULTS" not in os.environ, reason="TEST_FAULTS=1 runs it"),
-]
+pytestmark = pytest.mark.timeout(2 * START_S)  # a start, and what is done with it
 
 LOAD_S = 20  # that a load may take
 SILENCE_S = 20  # that the engine may be silent
