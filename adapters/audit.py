@@ -55,9 +55,8 @@ def audit(
                     registry.heal(digest)
                     continue
                 found.damaged[digest] = damage
-            elif digest in quarantined:
+            elif digest in quarantined and registry.heal(digest):
                 found.mended.append(digest)
-                registry.heal(digest)
     found.orphans = [digest for digest in store.sealed() if digest not in needed]
     return found
 

@@ -222,6 +222,14 @@ class Ingest:
                     raise InvalidAdapter(problems)
                 self._store.seal_form(folder / self._key, digest, self._key)
 
+    def mend(self, digest: str) -> bool:
+        """Removes forms whose bytes, read in full, are damaged; True if there were any.
+
+        To be called when a load has failed: damage that has kept a file's time is not seen before.
+        """
+        with self._lock(digest):
+            return bool(self._store.damaged_forms(digest))
+
     def audit(self) -> Audit:
         """`audit.audit` of what was written to since it was sealed, while others may ingest."""
         return audit(self._store, self._registry, locked=self._lock)

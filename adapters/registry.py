@@ -90,6 +90,7 @@ _versions = sa.Table(
     sa.Column("algebra", sa.JSON, nullable=False),
     sa.Column("reason", sa.Text),
     sa.Column("pinned", sa.Boolean),
+    sa.Column("lasting", sa.Boolean),
     sa.UniqueConstraint("adapter_id", "number"),
     sqlite_autoincrement=True,
 )
@@ -391,15 +392,20 @@ class Registry:
 
         self._write(write)
 
-    def quarantine(self, digest: str, reason: str) -> None:
-        """From now on the versions with `digest` are not served, for `reason`: a sentence."""
-        ready = (_versions.c.digest == digest) & (_versions.c.state == READY)
-        broken = _versions.update().where(ready).values(state=QUARANTINED, reason=reason)
-        self._write(lambda db: db.execute(broken))
+    def quarantine(self, digest: str, reason: str, lasting: bool = False) -> None:
+        """From now on the versions with `digest` are not served, for `reason`: a sentence.
 
-    def heal(self, digest: str) -> None:
-        """Serves the versions with `digest` again, if they were quarantined."""
-        self._write(lambda db: _heal(db, digest))
+        With `lasting` it is not for damage, so `heal` leaves them as they are.
+        """
+        ready = (_versions.c.digest == digest) & (_versions.c.state == READY)
+        values = {"state": QUARANTINED, "reason": reason, "lasting": lasting}
+        self._write(lambda db: db.execute(_versions.update().where(ready).values(values)))
+
+    def heal(self, digest: str) -> bool:
+        """Serves the versions with `digest` again that were quarantined for damage, if any."""
+        return self._write(
+            lambda db: _heal(db, digest, _versions.c.lasting.is_not(True)).rowcount > 0
+        )
 
     def pin(self, version: Version, pinned: bool) -> None:
         """Notes that a version is to be kept loaded, or not any more."""
@@ -577,9 +583,14 @@ def _first(
     return db.execute(sa.select(_versions).where(mine, condition)).first()
 
 
-def _heal(db: sa.Connection, digest: str) -> None:
+def _heal(
+    db: sa.Connection, digest: str, only: sa.ColumnElement[bool] | None = None
+) -> sa.CursorResult[Any]:
     broken = (_versions.c.digest == digest) & (_versions.c.state == QUARANTINED)
-    db.execute(_versions.update().where(broken).values(state=READY, reason=None))
+    broken = broken if only is None else broken & only
+    return db.execute(
+        _versions.update().where(broken).values(state=READY, reason=None, lasting=None)
+    )
 
 
 def _numbered(db: sa.Connection, adapter_id: int, name: str, number: int) -> sa.Row[Any]:
@@ -671,9 +682,10 @@ def _why_not(db: sa.Connection, asked: Reference) -> Exception:
 
 
 def _quarantined(asked: Reference, row: sa.Row[Any]) -> VersionQuarantined:
+    mend = "Save the adapter anew" if row.lasting else "Upload the same files again to mend it"
     return VersionQuarantined(
-        f"{asked} is version {row.number}, which is not served: {row.reason} Upload the same files "
-        "again to mend it, or name another version."
+        f"{asked} is version {row.number}, which is not served: {row.reason} {mend}, or name "
+        "another version."
     )
 
 
@@ -707,7 +719,7 @@ def _assemble(db: sa.Connection, adapters: Iterable[sa.Row[Any]]) -> list[Adapte
 
 def _version(adapter: str, row: sa.Row[Any]) -> Version:
     fields = dict(row._mapping) | {"adapter": adapter, "pinned": bool(row.pinned)}
-    del fields["adapter_id"]
+    del fields["adapter_id"], fields["lasting"]
     if isinstance(fields["target_modules"], list):
         fields["target_modules"] = tuple(fields["target_modules"])
     return Version(**fields)

@@ -31,9 +31,10 @@ _PREFIX = "sha256:"
 _HEX = re.compile("[0-9a-f]{64}")
 _FORMS = "engine-*"
 _DIGEST = "digest"  # the file in a form's folder that has the digest of its content
-# Every sealed file has this time of modification (2000-01-01 UTC). Whoever writes to one changes
-# it, so a look at the folder tells whether its bytes have to be read again.
-_SEALED_NS = 946_684_800 * 10**9
+# Sealed files have a time of modification that follows from the adapter's digest. Whoever writes to
+# one changes it, and another adapter's files bring another time, so a look at the folder tells
+# whether its bytes have to be read again. In even seconds, which any filesystem keeps.
+_FIRST_S, _TIMES = 946_684_800, 300_000_000  # 2000-01-01 UTC, and until 2019
 # Lists whose order means nothing to PEFT, which keeps some of them as sets.
 _SETS = ("target_modules", "exclude_modules", "modules_to_save", "layers_to_transform")
 # Here the first pattern that matches wins, so order is content.
@@ -109,7 +110,7 @@ class Store:
             if place.is_dir() and self.damage(digest) is not None:
                 self._discard(place)
             if not place.is_dir():
-                _prepare(folder)
+                _prepare(folder, _sealed_at(digest))
                 _move(folder, place)
             # Also when it was there: another thread may have renamed it a moment ago.
             _sync(place.parent)
@@ -124,7 +125,7 @@ class Store:
         self._must_be_staged(folder)
         place = self.form(digest, key)
         with disk("seal an adapter's form"):
-            _prepare_form(folder)
+            _prepare_form(folder, _sealed_at(digest))
             if place.is_dir():
                 self._discard(place)
             _move(folder, place)
@@ -148,15 +149,15 @@ class Store:
 
     def has_form(self, digest: str, key: str) -> bool:
         """Whether its form `key` is here and nobody has written to it."""
-        return _untouched(self.form(digest, key), (*FILES, _DIGEST))
+        return _untouched(self.form(digest, key), (*FILES, _DIGEST), _sealed_at(digest))
 
     def damage(self, digest: str, full: bool = False) -> str | None:
         """What is wrong with the bytes of a sealed adapter, as a sentence; None if nothing is.
 
         They are read only if somebody has written to them since they were sealed, or if `full`.
         """
-        place = self.path(digest)
-        if not full and _untouched(place, FILES):
+        place, sealed_at = self.path(digest), _sealed_at(digest)
+        if not full and _untouched(place, FILES, sealed_at):
             return None
         with disk("check an adapter"):
             if not place.is_dir():
@@ -167,9 +168,9 @@ class Store:
                 # From now on a look is enough to doubt them, whatever time they had kept.
                 os.utime(place / WEIGHTS)
                 return "Its files are not what was sealed."
-            if not _untouched(place, FILES):
+            if not _untouched(place, FILES, sealed_at):
                 with suppress(InvalidAdapter):  # removed a moment ago: the next look tells
-                    _settle(place, FILES)
+                    _settle(place, FILES, sealed_at)
         return None
 
     def damaged_forms(self, digest: str) -> list[str]:
@@ -215,6 +216,9 @@ class Store:
     def _discard(self, place: Path) -> None:
         """By way of the trash: half a folder must never have a sealed name."""
         doomed = self._trash / uuid.uuid4().hex
+        place.chmod(0o700)  # one that nobody may enter can be neither moved nor emptied
+        for form in place.glob(_FORMS):
+            form.chmod(0o700)
         place.rename(doomed)
         _sync(place.parent)
         _remove(doomed)
@@ -227,38 +231,43 @@ def _remove(path: Path) -> None:
         path.unlink()
 
 
-def _prepare(folder: Path) -> None:
+def _sealed_at(digest: str) -> int:
+    """The time of modification, in nanoseconds, of the sealed files of the adapter `digest`."""
+    return (_FIRST_S + 2 * (int(digest.removeprefix(_PREFIX), 16) % _TIMES)) * 10**9
+
+
+def _prepare(folder: Path, sealed_at: int) -> None:
     forms = set(folder.glob(_FORMS))
     for form in forms:
-        _prepare_form(form)
+        _prepare_form(form, sealed_at)
     for entry in folder.iterdir():
         if entry.name not in FILES and entry not in forms:
             _remove(entry)
-    _settle(folder, FILES)
+    _settle(folder, FILES, sealed_at)
 
 
-def _prepare_form(folder: Path) -> None:
+def _prepare_form(folder: Path, sealed_at: int) -> None:
     (folder / _DIGEST).write_text(digest(folder))
-    _settle(folder, (*FILES, _DIGEST))
+    _settle(folder, (*FILES, _DIGEST), sealed_at)
 
 
-def _settle(folder: Path, names: Collection[str]) -> None:
+def _settle(folder: Path, names: Collection[str], sealed_at: int) -> None:
     """Makes the files read-only, marks them as sealed and syncs them and the folder to disk."""
     for name in names:
         with open_regular(folder, name) as file:
             os.fchmod(file.fileno(), 0o444)
-            os.utime(file.fileno(), ns=(_SEALED_NS, _SEALED_NS))
+            os.utime(file.fileno(), ns=(sealed_at, sealed_at))
             os.fsync(file.fileno())
     folder.chmod(0o755)
     _sync(folder)
 
 
-def _untouched(folder: Path, names: Collection[str]) -> bool:
+def _untouched(folder: Path, names: Collection[str], sealed_at: int) -> bool:
     try:
         found = [os.lstat(folder / name) for name in names]
     except OSError:
         return False
-    return all(stat.S_ISREG(f.st_mode) and f.st_mtime_ns == _SEALED_NS for f in found)
+    return all(stat.S_ISREG(f.st_mode) and f.st_mtime_ns == sealed_at for f in found)
 
 
 def _is(folder: Path, expected: str | None) -> bool:

@@ -497,7 +497,13 @@ class Gateway:
         try:
             async with asyncio.timeout(self.times.load):
                 size = await self._vouch(lora)
-                await self._loader.stage(lora, [])
+                try:
+                    await self._loader.stage(lora, [])
+                except LoadFailed:
+                    if not await self._reading(self._ingest.mend, lora.lora_name):
+                        raise
+                    size = await self._vouch(lora)
+                    await self._loader.stage(lora, [])
         except TimeoutError:
             error = AdapterLoadTimeout(
                 f"Loading {load.digest} has taken more than {self.times.load:.0f} s. Ask again."
@@ -529,7 +535,10 @@ class Gateway:
                 self._ingest.vouch(lora.lora_name)
             return sum(each.stat().st_size for each in Path(lora.lora_path).iterdir())
 
-        return await asyncio.get_running_loop().run_in_executor(self._readers, vouch)
+        return await self._reading(vouch)
+
+    async def _reading(self, work: Callable[..., T], *args: Any) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._readers, work, *args)
 
     async def _swap(self, lora: LoRARequest, swap: Swap) -> Exception | None:
         out = None if swap.out is None else self._ids[swap.out]

@@ -106,6 +106,26 @@ def test_the_same_upload_mends_all_versions_with_its_bytes(make, upload, store, 
     assert audit(store, registry, full=True).damaged == {}
 
 
+def test_sound_bytes_do_not_bring_back_what_is_not_served_for_another_reason(
+    make, upload, store, registry
+):
+    version = upload(make())
+    registry.quarantine(version.digest, "The engine has ended.", lasting=True)
+    assert audit(store, registry, full=True).mended == []
+    with pytest.raises(VersionQuarantined):
+        registry.resolve("sql@1")
+
+
+def test_a_form_that_could_not_be_loaded_is_made_again_if_it_is_damaged(make, upload, ingest):
+    digest = upload(make()).digest
+    assert not ingest.mend(digest)
+    flip(ingest.form(digest) / WEIGHTS, keep_time=True)
+    ingest.vouch(digest)
+    assert ingest.mend(digest)
+    ingest.vouch(digest)
+    assert ingest.form(digest).is_dir() and not ingest.mend(digest)
+
+
 def test_orphans_are_named_and_not_touched(make, upload, store, registry, ingest):
     version = upload(make())
     registry.delete_adapter("sql")

@@ -402,6 +402,18 @@ def test_a_quarantined_version_is_not_served_until_it_is_mended(registry):
         registry.resolve("sql@2")
 
 
+def test_sound_bytes_do_not_end_a_quarantine_that_is_not_for_damage(registry):
+    registry.add_version("sql", sha(1), FACTS)
+    registry.quarantine(sha(1), "The engine has ended.", lasting=True)
+    assert not registry.heal(sha(1))
+    with pytest.raises(VersionQuarantined, match=r"has ended\. Save the adapter anew, or"):
+        registry.resolve("sql@1")
+    again, created = registry.add_version("sql", sha(1), FACTS)
+    assert not created and again.reason is None
+    registry.quarantine(sha(1), "Its folder is gone.")
+    assert registry.heal(sha(1)) and registry.resolve("sql").number == 1
+
+
 def test_a_database_from_before_gets_the_columns_it_lacks(registry, url):
     registry.add_version("sql", sha(1), FACTS)
     with registry._engine.begin() as db:

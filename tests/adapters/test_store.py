@@ -257,6 +257,26 @@ def test_what_keeps_its_time_is_found_by_a_full_check(make, tmp_path):
     assert "not what was sealed" in store.damage(name, full=True)
 
 
+def test_another_adapters_files_are_told_by_their_times(make, tmp_path):
+    store = Store(tmp_path)
+    name, other = seal(store, make()), seal(store, make(seed=1))
+    for file in ("adapter_config.json", "adapter_model.safetensors"):
+        (store.path(name) / file).unlink()
+        shutil.copy2(store.path(other) / file, store.path(name) / file)
+    assert "not what was sealed" in store.damage(name)
+    assert store.damage(other) is None
+
+
+def test_another_adapters_form_is_told_by_its_times(make, tmp_path):
+    store = Store(tmp_path)
+    name, other = seal(store, make()), seal(store, make(seed=1))
+    form, others = (form_of(store, each, make(dtype="BF16", seed=9)) for each in (name, other))
+    assert store.has_form(name, "engine-test") and store.has_form(other, "engine-test")
+    shutil.rmtree(form)
+    shutil.copytree(others, form)
+    assert not store.has_form(name, "engine-test")
+
+
 def test_a_copy_from_a_backup_is_read_once(make, tmp_path, monkeypatch):
     store = Store(tmp_path)
     name = seal(store, make())
@@ -274,6 +294,17 @@ def test_a_damaged_form_is_removed(make, tmp_path):
     assert not store.has_form(name, "engine-test")
     assert store.damaged_forms(name) == ["engine-test"]
     assert not form.exists() and store.damage(name, full=True) is None
+
+
+@pytest.mark.parametrize("which", ["form", "adapter"])
+def test_a_folder_that_nobody_may_enter_can_be_replaced(make, tmp_path, which):
+    store = Store(tmp_path)
+    name = seal(store, make())
+    form = form_of(store, name, make(dtype="BF16"))
+    (form if which == "form" else store.path(name)).chmod(0)
+    form_of(store, name, make(dtype="BF16")) if which == "form" else store.delete(name)
+    assert store.has_form(name, "engine-test") == (which == "form")
+    assert not os.listdir(tmp_path / "trash")
 
 
 def test_a_full_disk_is_said_to_be_full(make, tmp_path, monkeypatch):
