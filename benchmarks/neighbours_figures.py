@@ -47,9 +47,14 @@ def waits(replies: Iterable[Reply]) -> list[float]:
     return [reply.times[0] - reply.due_s for reply in replies]
 
 
-def gaps(replies: Iterable[Reply]) -> list[float]:
-    """Times between the tokens of each reply."""
-    return [after - before for reply in replies for before, after in pairwise(reply.times)]
+def gaps(replies: Iterable[Reply], since: float = 0) -> list[float]:
+    """Times between the tokens of each reply, of those that end after `since`."""
+    return [
+        after - before
+        for reply in replies
+        for before, after in pairwise(reply.times)
+        if after > since
+    ]
 
 
 def percentile(key: str, values: Sequence[float], p: float, scale: float = 1) -> Figures:
@@ -93,7 +98,7 @@ def drained(flood: Sequence[Reply]) -> float | None:
 
 
 def _bystanders(parts: Parts) -> Figures:
-    quiet, disturbed = gaps(parts["quiet"].good), gaps(parts["disturbed"].good)
+    quiet, disturbed = bystanders_gaps(parts["quiet"]), bystanders_gaps(parts["disturbed"])
     found = percentile("quiet_p99_ms", quiet, 99, 1e3) | percentile("p99_ms", disturbed, 99, 1e3)
     if quiet and disturbed:
         found["of_quiet"] = found["p99_ms"] / found["quiet_p99_ms"]
@@ -105,6 +110,12 @@ def _bystanders(parts: Parts) -> Figures:
     if told:
         found["loaded"] = sum(ms > 0 for ms in told) / len(told)
     return found | percentile("load_p50_s", waits(parts["loads"].good), 50)
+
+
+def bystanders_gaps(part: Part) -> list[float]:
+    """Those since the first load was due, or would have been: by then all streams decode, and no
+    gap is the prefill of another one of them."""
+    return gaps(part.good, part.begin_s + loads.LOAD_EVERY_S)
 
 
 # Shares ------------------------------------------------------------------------------------

@@ -255,7 +255,8 @@ torch.compile, and the same limits; only what serves the adapters differs.
   {neighbours_figures.bound():,g}: L_in is the longest prompt, M is {loads.SEATS} seats × (longest
   prompt + longest output). Jain's index is of W/weight. Stock has no weights: its one run is held
   to both.
-- Bystanders' longest gap is over the median ITL of the quiet run.
+- Bystanders' gaps count since the first load was due, 1 s after they began, and quiet ones too: by
+  then no gap is the prefill of another of the four. The longest is over the quiet run's median.
 - Cold and warm, with {loads.THOUSAND:,} adapters, is what Loraplex says (`x-loraplex-load-ms`).
   Stock does not say: there it is inferred from an LRU of {neighbours_figures.HOST_CACHE}, followed
   in the order in which requests were sent.
@@ -411,7 +412,7 @@ def _plot_bystanders(path: Path, targets: Mapping[str, Sequence[Parts]]) -> None
     for target, turns in targets.items():
         for part, style in (("quiet", ":"), ("disturbed", "-")):
             gaps = sorted(
-                gap for parts in turns for gap in neighbours_figures.gaps(parts[part].good)
+                gap for parts in turns for gap in neighbours_figures.bystanders_gaps(parts[part])
             )
             share = 1 - np.arange(len(gaps)) / max(1, len(gaps))
             ms = [1e3 * gap for gap in gaps]

@@ -498,12 +498,12 @@ class Gateway:
             async with asyncio.timeout(self.times.load):
                 size = await self._vouch(lora)
                 try:
-                    await self._loader.stage(lora, [])
+                    await self._loader.stage(lora)
                 except LoadFailed:
                     if not await self._reading(self._ingest.mend, lora.lora_name):
                         raise
                     size = await self._vouch(lora)
-                    await self._loader.stage(lora, [])
+                    await self._loader.stage(lora)
         except TimeoutError:
             error = AdapterLoadTimeout(
                 f"Loading {load.digest} has taken more than {self.times.load:.0f} s. Ask again."

@@ -71,7 +71,7 @@ async def test_a_cancelled_task_frees_its_request(engine: Any) -> None:
 
 async def test_an_adapter_is_loaded_used_and_unloaded(engine: Any, lora: LoRARequest) -> None:
     loader = Loader(engine)
-    await loader.stage(lora, [])
+    await loader.stage(lora)
     assert (await loader.resident())["host"] == [lora.lora_int_id]
     await loader.slot(lora.lora_int_id, None)
     assert lora.lora_int_id in (await loader.resident())["slots"]
@@ -84,7 +84,7 @@ async def test_an_adapter_is_loaded_used_and_unloaded(engine: Any, lora: LoRAReq
 
 async def test_a_load_that_fails_is_an_error_of_the_load_alone(engine: Any) -> None:
     with pytest.raises(LoadFailed, match=r"(?i)not there|no adapter"):
-        await Loader(engine).stage(LoRARequest("gone", 99, "/nonexistent/adapter"), [])
+        await Loader(engine).stage(LoRARequest("gone", 99, "/nonexistent/adapter"))
     assert 99 not in (await Loader(engine).resident())["host"]
     assert not engine.errored
     assert await text(ask(engine))
@@ -92,7 +92,7 @@ async def test_a_load_that_fails_is_an_error_of_the_load_alone(engine: Any) -> N
 
 async def test_many_at_once_are_all_answered(engine: Any, lora: LoRARequest) -> None:
     loader = Loader(engine)
-    await loader.stage(lora, [])
+    await loader.stage(lora)
     await loader.slot(lora.lora_int_id, None)
     alone = await text(ask(engine))
     adapted = await text(ask(engine, lora))

@@ -103,8 +103,7 @@ class FakeCore:
         state = {"wrapper": OP_WRAPPER, "replaced": True, "form": "torch", "why": "it is a fake"}
         return state | {"compiled": False, "stages": ""}
 
-    def _loraplex_stage(self, lora_id: int, path: str, drop: list[int]) -> None:
-        self._loraplex_drop(drop)
+    def _loraplex_stage(self, lora_id: int, path: str) -> None:
         if lora_id not in self._loaded:
             self._staged[lora_id] = asyncio.create_task(self._read(lora_id, path))
 

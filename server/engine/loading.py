@@ -26,19 +26,19 @@ class Loader:
         self._engine = engine
         self._dropping: set[asyncio.Task[None]] = set()
 
-    async def stage(self, lora: LoRARequest, drop: list[int]) -> None:
-        """Drops `drop`; returns when every worker has the adapter in its host cache.
+    async def stage(self, lora: LoRARequest) -> None:
+        """Returns when every worker has the adapter in its host cache.
 
-        When it is cancelled the workers are told to drop the adapter, and `drop` is dropped.
+        When it is cancelled the workers are told to drop the adapter.
 
         Raises:
             LoadFailed: a worker could not read it; it is dropped by all of them then.
         """
         try:
-            await self._all("loraplex_stage", lora.lora_int_id, lora.lora_path, drop)
+            await self._all("loraplex_stage", lora.lora_int_id, lora.lora_path)
             await self._taken(lora.lora_int_id)
         except BaseException:
-            self._drop_soon([lora.lora_int_id, *drop])
+            self._drop_soon([lora.lora_int_id])
             raise
 
     async def _taken(self, lora_id: int) -> None:

@@ -222,9 +222,9 @@ class WorkerExtension:
     nothing whatever an adapter does.
     """
 
-    def loraplex_stage(self, lora_id: int, path: str, drop: list[int]) -> None:
-        """Drops the ids in `drop`, then has the form in `path` read in a thread."""
-        self._loraplex_staging.stage(lora_id, path, drop)
+    def loraplex_stage(self, lora_id: int, path: str) -> None:
+        """Has the form in `path` read in a thread."""
+        self._loraplex_staging.stage(lora_id, path)
 
     def loraplex_take(self, lora_id: int) -> dict[str, str]:
         """state: reading, there (now in this worker's host cache) or failed; error: why."""

@@ -91,9 +91,8 @@ class Staging:
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []
 
-    def stage(self, adapter: int, path: str, drop: list[int]) -> None:
-        """Drops `drop`, then has `path` read, unless the adapter is there or being read."""
-        self.drop(drop)
+    def stage(self, adapter: int, path: str) -> None:
+        """Has `path` read, unless the adapter is there or being read."""
         reading = self._readings.get(adapter)
         if adapter in self._host or (reading is not None and reading.error is None):
             return

@@ -136,8 +136,8 @@ def test_a_victim_without_a_reply_has_no_figure_and_is_a_failure() -> None:
 
 def test_bystanders() -> None:
     parts = {
-        "quiet": part(reply([1, 1.1, 1.2, 1.3])),
-        "disturbed": part(reply([1, 1.1, 1.2, 1.6])),
+        "quiet": part(reply([0.1, 0.9, 1.1, 1.2, 1.3, 1.4]), begin=0.15),
+        "disturbed": part(reply([0.1, 0.9, 1, 1.1, 1.2, 1.6])),
         "loads": part(reply([2], load_ms=30.0), reply([3], load_ms=0.0)),
     }
     (found,) = figures.of("bystanders", [parts], True)

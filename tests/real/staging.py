@@ -88,13 +88,14 @@ async def main(base: str, workers: int, broken: str, adapters: list[str]) -> Non
         if kind == "broken":
             bad = next(wrong)
             try:
-                await loader.stage(bad, [])
+                await loader.stage(bad)
             except LoadFailed as failed:
                 messages[Path(bad.lora_path).name] = str(failed)
             await asyncio.sleep(0)  # the loader drops it then
         elif kind == "stage":
             drop = [chosen.choice(sorted(host))] if len(host) == HOST and which not in host else []
-            await loader.stage(requests[which], drop)
+            await loader.drop(drop)
+            await loader.stage(requests[which])
             host = host - set(drop) | {which}
             slots = [None if each in drop else each for each in slots]
         elif kind == "drop":

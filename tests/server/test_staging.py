@@ -85,7 +85,7 @@ THERE = {"state": "there", "error": ""}
 
 def test_from_the_file_to_the_slot(staged: staging.Staging, form: op.Op, write: Write) -> None:
     before = staging.Unasked.times
-    staged.stage(5, write(2.0), [])
+    staged.stage(5, write(2.0))
     assert staged.resident() == {
         "host": [], "slots": [None, None], "reading": [5], "unasked": before,
     }  # fmt: skip
@@ -96,7 +96,7 @@ def test_from_the_file_to_the_slot(staged: staging.Staging, form: op.Op, write: 
     }  # fmt: skip
     layer = staged._manager.modules[NAME]
     assert said(form, layer, 0) == [2.0 * D_IN * 4] * sum(WIDTHS)
-    staged.stage(6, write(3.0), [])
+    staged.stage(6, write(3.0))
     assert taken(staged, 6) == THERE
     assert staged.slot(6, 5) == THERE
     assert said(form, layer, 0) == [3.0 * D_IN * 4] * sum(WIDTHS)
@@ -121,10 +121,10 @@ def test_the_order_of_things_is_not_taken_for_granted(
 ) -> None:
     assert staged.take(1)["state"] == "failed"
     assert staged.slot(1, None) == {"state": "failed", "error": "it is not on the host"}
-    staged.stage(1, write(1.0), [])
-    staged.stage(1, write(1.0), [])
+    staged.stage(1, write(1.0))
+    staged.stage(1, write(1.0))
     assert taken(staged, 1) == THERE
-    staged.stage(1, write(1.0), [])
+    staged.stage(1, write(1.0))
     assert staged.take(1) == THERE
     assert staged.resident()["reading"] == []
 
@@ -132,7 +132,7 @@ def test_the_order_of_things_is_not_taken_for_granted(
 def test_neither_host_nor_slots_are_overfilled(staged: staging.Staging, write: Write) -> None:
     before = staging.Unasked.times
     for each in (1, 2, 3, 4):
-        staged.stage(each, write(each), [])
+        staged.stage(each, write(each))
         answer = taken(staged, each)
     assert answer == {"state": "failed", "error": "there is no place for it on the host"}
     staged.drop([1])
@@ -194,11 +194,11 @@ def test_broken_files_are_a_message(
 ) -> None:
     path = write(1.0)
     damage(path)
-    staged.stage(1, path, [])
+    staged.stage(1, path)
     answer = taken(staged, 1)
     assert answer["state"] == "failed"
     assert says in answer["error"]
-    staged.stage(1, write(1.5), [])  # what has failed may be tried again
+    staged.stage(1, write(1.5))  # what has failed may be tried again
     assert taken(staged, 1) == THERE
     staged.drop([1])
     freed(form)
@@ -215,7 +215,7 @@ def test_broken_files_are_a_message(
 def test_shapes_that_do_not_fit(
     staged: staging.Staging, write: Write, shape: dict[str, int], says: str
 ) -> None:
-    staged.stage(1, write(1.0, **shape), [])
+    staged.stage(1, write(1.0, **shape))
     answer = taken(staged, 1)
     assert answer["state"] == "failed"
     assert says in answer["error"]
@@ -224,7 +224,7 @@ def test_shapes_that_do_not_fit(
 def test_a_folder_that_is_gone_is_not_looked_for_on_the_hub(
     staged: staging.Staging, tmp_path: Path
 ) -> None:
-    staged.stage(1, str(tmp_path / "gone"), [])
+    staged.stage(1, str(tmp_path / "gone"))
     assert "gone is not there" in taken(staged, 1)["error"]
 
 
@@ -241,9 +241,10 @@ def test_what_is_dropped_while_it_is_read_never_comes(
 
     monkeypatch.setattr(staging._Reading, "pause", wait)
     for each in (1, 2, 3):  # the third waits for a thread
-        staged.stage(each, write(each), [])
+        staged.stage(each, write(each))
     assert begun.wait(LONG_S)
-    staged.stage(4, write(4), [1, 2, 3])
+    staged.drop([1, 2, 3])
+    staged.stage(4, write(4))
     go_on.set()
     assert taken(staged, 4) == THERE
     assert staged.resident()["host"] == [4]
@@ -256,7 +257,7 @@ def test_threads_are_of_low_priority_and_leave_the_step_its_threads(
     staged: staging.Staging, write: Write
 ) -> None:
     before = torch.get_num_threads()
-    staged.stage(1, write(1.0), [])
+    staged.stage(1, write(1.0))
     assert taken(staged, 1) == THERE
     assert len(staged._threads) == staging.THREADS
     for thread in staged._threads:
@@ -270,7 +271,7 @@ def test_threads_are_of_low_priority_and_leave_the_step_its_threads(
 def test_a_slot_that_cannot_be_filled_is_empty(
     staged: staging.Staging, write: Write, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    staged.stage(1, write(1.0), [])
+    staged.stage(1, write(1.0))
     taken(staged, 1)
 
     def no_memory(*_: Any) -> None:
@@ -288,7 +289,7 @@ def test_what_vllm_evicts_by_itself_is_counted(form: op.Op, write: Write) -> Non
     plugin._stage_off_the_step()
     staged = staging.Staging(worker_of(form))
     for each in (1, 2, 3):
-        staged.stage(each, write(each), [])
+        staged.stage(each, write(each))
         assert taken(staged, each) == THERE
         staged.slot(each, None)
     before = staged.resident()["unasked"]
@@ -313,7 +314,8 @@ def test_any_order_of_asking_keeps_the_books(
                 drop = [chosen.choice(sorted(host))] if len(host) == 3 else []
                 host = host - set(drop) | {each}
                 slots = [None if slot in drop else slot for slot in slots]
-                staged.stage(each, write(each), drop)
+                staged.drop(drop)
+                staged.stage(each, write(each))
                 assert taken(staged, each) == THERE
             case "slot" if each in host and each not in slots:
                 out = None if None in slots else chosen.choice(slots)
@@ -369,13 +371,14 @@ def request(adapter: int, path: str) -> LoRARequest:
 async def test_an_adapter_is_there_when_every_worker_has_it(workers: Workers, write: Write) -> None:
     loader = Loader(workers)
     for each in (1, 2, 3):
-        await loader.stage(request(each, write(each)), [])
+        await loader.stage(request(each, write(each)))
     await loader.slot(1, None)
     await loader.slot(2, None)
     await loader.slot(3, 1)
     found = await loader.resident()
     assert (found["host"], found["slots"], found["reading"]) == ([1, 2, 3], [3, 2], [])
-    await loader.stage(request(4, write(4)), [2])
+    await loader.drop([2])
+    await loader.stage(request(4, write(4)))
     assert (await loader.resident())["slots"] == [3, None]
     await loader.drop([1, 3, 4])
     assert (await loader.resident())["host"] == []
@@ -383,9 +386,9 @@ async def test_an_adapter_is_there_when_every_worker_has_it(workers: Workers, wr
 
 async def test_what_one_worker_cannot_read_no_worker_keeps(workers: Workers, write: Write) -> None:
     loader, path = Loader(workers), write(1.0)
-    workers.each[1].loraplex_stage = lambda lora_id, path, drop: None
+    workers.each[1].loraplex_stage = lambda lora_id, path: None
     with pytest.raises(LoadFailed, match="not being read"):
-        await loader.stage(request(1, path), [])
+        await loader.stage(request(1, path))
     await asyncio.sleep(0.05)
     found = await loader.resident()
     assert (found["host"], found["reading"]) == ([], [])
@@ -395,7 +398,7 @@ async def test_a_slot_that_one_worker_cannot_fill_no_worker_fills(
     workers: Workers, write: Write
 ) -> None:
     loader = Loader(workers)
-    await loader.stage(request(1, write(1.0)), [])
+    await loader.stage(request(1, write(1.0)))
     workers.each[1].loraplex_drop([1])
     with pytest.raises(LoadFailed, match="have not the same adapters"):
         await loader.resident()
@@ -417,7 +420,7 @@ async def test_giving_up_leaves_nothing(
 
     monkeypatch.setattr(staging._Reading, "pause", wait)
     with pytest.raises(TimeoutError):
-        await asyncio.wait_for(loader.stage(request(1, write(1.0)), []), 0.05)
+        await asyncio.wait_for(loader.stage(request(1, write(1.0))), 0.05)
     go_on.set()
     await asyncio.sleep(0.05)
     found = await loader.resident()
@@ -427,7 +430,7 @@ async def test_giving_up_leaves_nothing(
 async def test_a_dead_engine_says_so_itself(workers: Workers, write: Write) -> None:
     loader = Loader(workers)
     workers.dead = True
-    for asked in (loader.stage(request(1, write(1.0)), []), loader.slot(1, None), loader.drop([1])):
+    for asked in (loader.stage(request(1, write(1.0))), loader.slot(1, None), loader.drop([1])):
         with pytest.raises(EngineDeadError):
             await asked
     await asyncio.sleep(0.01)
