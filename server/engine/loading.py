@@ -12,7 +12,8 @@ from typing import Any
 from vllm.lora.request import LoRARequest
 from vllm.v1.engine.exceptions import EngineDeadError
 
-FIRST_POLL_S, LAST_POLL_S = 0.005, 0.02  # each asks in the engine's loop, between two steps
+# Asking costs every running request some milliseconds: the engine answers between two steps.
+FIRST_POLL_S, POLL_GROWS, LAST_POLL_S = 0.01, 4, 0.16
 
 
 class LoadFailed(Exception):
@@ -49,7 +50,7 @@ class Loader:
             if all(each["state"] == "there" for each in states):
                 return
             await asyncio.sleep(wait)
-            wait = min(LAST_POLL_S, wait * 1.5)
+            wait = min(LAST_POLL_S, wait * POLL_GROWS)
 
     async def slot(self, lora_id: int, out: int | None) -> None:
         """Takes `out` out of its slot; returns when every worker has `lora_id` in one.

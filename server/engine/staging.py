@@ -28,7 +28,6 @@ from adapters.errors import InvalidAdapter
 from adapters.folder import WEIGHTS
 
 THREADS = 2
-NICE = 10
 BURST_S = 0.0005  # worked without a break; a step that needs the interpreter waits no longer
 REST = 3  # times as long as a burst, slept after it while requests run
 BLOCK = 2**20  # bytes read at once
@@ -175,7 +174,6 @@ class Staging:
     def _run(self, cores: set[int]) -> None:
         # A new thread has its parent's one core, which is a step's.
         os.sched_setaffinity(0, cores)
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
         torch.set_num_threads(1)
         if self._manager.device.type == "cuda":
             torch.cuda.set_device(self._manager.device)
