@@ -9,7 +9,8 @@ that nobody saves up. Below an adapter the same holds between the keys that call
 What the paper does not have are slots. At most `Limits.slots` different adapters are in flight.
 When one waits for a slot, an adapter that has had its quantum and is ahead of it *drains*: nothing
 more of it is admitted, but for what ends before the last of its running requests does, and its slot
-turns over when that has ended.
+turns over when that has ended. What is being loaded waits for a slot as well, so load and drain go
+on at the same time; but a load that outlasts its drain gets no other until it has ended.
 """
 
 import heapq
@@ -191,6 +192,7 @@ class _Queue:
     slot: bool = False
     service: float = 0.0  # since it took its slot
     draining: bool = False
+    late: bool = False  # it is being loaded, and a slot has turned over for it in vain
 
     def remaining(self) -> int:
         """Tokens until the last of its running requests has ended, at most."""
@@ -462,6 +464,7 @@ class Admission:
         """Puts it among those that wait for a slot, by what is loaded; `sooner` than before."""
         assert queue.digest is not None  # noqa: S101 (the base waits for no slot)
         standing = self._standing(queue.digest)
+        queue.late = queue.late and standing is State.LOADING
         if standing is State.LOADING:
             self._step_aside(queue)
             self._loading[queue] = None
@@ -485,6 +488,8 @@ class Admission:
         self._taken += 1
 
     def _give_slot(self, queue: _Queue) -> None:
+        if queue.draining and not self._warm and (early := self._early()):
+            early[0].late = True
         queue.slot = queue.draining = False
         self._holders.pop(queue)
         self._taken -= 1
@@ -493,7 +498,7 @@ class Admission:
 
     def _turn_over(self) -> None:
         """Has adapters drain that are ahead of those that wait for a slot."""
-        waiting = len(self._warm) + len(self._cold)  # what is being loaded needs no slot yet
+        waiting = len(self._warm) + len(self._cold) + len(self._early())
         draining = [queue for queue in self._holders if queue.draining]
         missing = waiting - (self.limits.slots - self._taken)
         for queue in draining[max(0, missing) :]:  # whoever waited for its slot has gone
@@ -520,14 +525,19 @@ class Admission:
             queue.draining = True
             del ripe[queue]
 
+    def _early(self) -> list[_Queue]:
+        """Those that are being loaded, and for which a slot may turn over."""
+        return [queue for queue in self._loading if not queue.late]
+
     def _least_waiting(self) -> float:
-        """The least counter of those that wait for a slot and are not being loaded."""
-        first = (self._warm.first(), self._cold.first())
+        """The least counter of those for which a slot may turn over."""
+        first = (self._warm.first(), self._cold.first(), *self._early())
         return min(self._counter(queue) for queue in first if queue is not None)
 
     def _waiting_counters(self, count: int) -> list[float]:
-        """The least counters of those that wait for a slot and are not being loaded, ascending."""
-        return sorted(self._warm.smallest(count) + self._cold.smallest(count))[:count]
+        """The least counters of those for which a slot may turn over, ascending."""
+        early = [self._counter(queue) for queue in self._early()]
+        return sorted(self._warm.smallest(count) + self._cold.smallest(count) + early)[:count]
 
     def _ahead(self, queue: _Queue) -> float:
         """The counter of what runs in a slot."""

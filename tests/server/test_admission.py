@@ -167,11 +167,12 @@ class World:
         waiting = [sent.ticket for sent in self.waiting()]
         running = [sent.ticket for sent in self.running()]
         slots = {each.digest for each in running} - {None}
-        draining = {queue.digest for queue in self.admission._queues.values() if queue.draining}
+        queues = self.admission._queues.values()
+        draining = {queue.digest for queue in queues if queue.draining}
+        late = {queue.digest for queue in queues if queue.late}
+        assert late <= self.loads.keys()
         in_line = {
-            each.digest
-            for each in waiting
-            if each.digest not in slots | {None} and each.digest not in self.loads
+            each.digest for each in waiting if each.digest not in slots | late and each.digest
         }
         free = self.limits.slots - len(slots)
         assert not draining or len(draining) <= len(in_line) - free
@@ -699,6 +700,46 @@ def test_what_ends_sooner_is_admitted_beside_what_drains() -> None:
     for each in (sooner, later):
         admission.join(each)
     assert admitted(admission) == [sooner]
+
+
+def test_what_is_loaded_has_a_slot_turn_over_meanwhile_but_once() -> None:
+    places: dict[str, State] = {"a": State.HOST, "b": State.LOADING}
+    admission = Admission(Limits(1, 9, 1000, quantum=0), places.get)
+    first = ticket("a", 10, 60)
+    admission.join(first)
+    assert admitted(admission) == [first]
+    cold = ticket("b", 10, 60)
+    admission.join(cold)
+    second = ticket("a", 10, 60)
+    admission.join(second)
+    assert admitted(admission) == []  # it drains
+    admission.leave(first)
+    assert admitted(admission) == [second]  # no slot is kept for what is not there
+    third = ticket("a", 10, 60)
+    admission.join(third)
+    assert admitted(admission) == [third]  # and none drains again for a load that takes long
+    places["b"] = State.HOST
+    admission.changed("b")
+    admission.join(ticket("a", 10, 60))
+    assert admitted(admission) == []
+    admission.leave(second)
+    admission.leave(third)
+    assert admitted(admission)[0] is cold
+
+
+def test_a_slot_that_turned_over_for_another_leaves_a_load_its_own() -> None:
+    places: dict[str, State] = {"a": State.HOST, "b": State.LOADING, "c": State.HOST}
+    admission = Admission(Limits(1, 9, 1000, quantum=0), places.get)
+    first, cold, warm = ticket("a", 10, 60), ticket("b", 10, 60), ticket("c", 10, 60)
+    admission.join(first)
+    assert admitted(admission) == [first]
+    for each in (cold, warm):
+        admission.join(each)
+    assert admitted(admission) == []
+    admission.leave(first)
+    assert admitted(admission) == [warm]
+    admission.join(ticket("c", 10, 60))
+    assert admitted(admission) == []  # drains for the load
 
 
 def test_nothing_drains_for_one_that_has_gone() -> None:
