@@ -80,21 +80,33 @@ def _six(parts: Parts) -> Figures:
 
 
 def _victims(alone: Part, victims: Part, flood: Part) -> Figures:
-    """`of_bound` is the victims' p99 over 1.5 times their p99 alone plus the drain of a slot."""
-    drain = drained(flood.good)
+    """What the victims' p99 is over: 1.5 times their p99 alone plus the drain of a slot.
+
+    `of_bound`: the drain is the longest that a request of the flood took from its first token to
+    its last. `of_pace_bound`: it is what its longest output takes at its median ITL, so as if
+    nobody's prompt came between.
+    """
     found = percentile("alone_p99_s", waits(alone.good), 99)
     found |= percentile("p99_s", waits(victims.good), 99)
-    if drain is not None:
-        found["drain_s"] = drain
-    if {"alone_p99_s", "p99_s", "drain_s"} <= found.keys():
-        found["of_bound"] = found["p99_s"] / (1.5 * found["alone_p99_s"] + found["drain_s"])
+    drains = {"": longest(flood.good), "pace_": at_median_pace(flood.good)}
+    for which, drain in drains.items():
+        if drain is not None:
+            found[f"{which}drain_s"] = drain
+        if drain is not None and {"alone_p99_s", "p99_s"} <= found.keys():
+            bound = 1.5 * found["alone_p99_s"] + drain
+            found[f"of_{which}bound"] = found["p99_s"] / bound
     return found
 
 
-def drained(flood: Sequence[Reply]) -> float | None:
-    """How long one slot may take to drain: the longest output of `flood` × its median ITL."""
-    between = gaps(flood)
-    return max(reply.output for reply in flood) * median(between) if between else None
+def longest(replies: Sequence[Reply]) -> float | None:
+    """The longest time from a first token to the last of the same reply."""
+    return max((reply.times[-1] - reply.times[0] for reply in replies), default=None)
+
+
+def at_median_pace(replies: Sequence[Reply]) -> float | None:
+    """The longest output of `replies` × their median ITL."""
+    between = gaps(replies)
+    return max(reply.output for reply in replies) * median(between) if between else None
 
 
 def _bystanders(parts: Parts) -> Figures:

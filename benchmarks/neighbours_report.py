@@ -55,16 +55,18 @@ class Row:
         return bar + (" × stock" if self.ratio else "") + (", every round" if self.worst else "")
 
 
-def _bound(of: str) -> str:
-    return f"p99 TTFT of {of} / (1.5 × p99 alone + drain)"
+def _bound(of: str, drain: str) -> str:
+    return f"p99 TTFT of {of} / (1.5 × p99 alone + {drain})"
 
 
 def _victims(case: str, of: str, said: str) -> tuple[Row, ...]:
     return (
-        Row(case, _bound(said), of, "of_bound", at_most=1),
+        Row(case, _bound(said, "drain"), of, "of_bound", at_most=1),
+        Row(case, _bound(said, "drain without prefill"), of, "of_pace_bound", at_most=1),
         Row(case, f"p99 TTFT of {said}, s", of, "p99_s"),
         Row(case, "the same alone, s", of, "alone_p99_s"),
         Row(case, "a slot's drain, s", of, "drain_s"),
+        Row(case, "a slot's drain without prefill, s", of, "pace_drain_s"),
     )
 
 
@@ -246,8 +248,9 @@ torch.compile, and the same limits; only what serves the adapters differs.
   victims it ends when they are answered. Its tokens/s are those that came in that time. Victims
   are cold: the host cache is smaller than the adapters that go round. Base requests are sent one
   at a time, {len(loads.BASE_AT_S)} in a flood.
-- A slot's drain is the longest output of the flood × the flood's median ITL, in that round on that
-  server.
+- A slot's drain is the longest that a request of the flood took from its first token to its last,
+  in that round on that server; without prefill, it is the flood's longest output × its median
+  ITL, as if no prompt of another request came between.
 - Service W is {neighbours_figures.OF_PROMPT} × prompt tokens, at the first token, +
   {neighbours_figures.OF_OUTPUT} × output tokens. The gap is the most by which W/weight of the two
   adapters differs in any interval of the {loads.SHARES_S:g} s; both always wait, with

@@ -101,9 +101,12 @@ def test_percentiles_are_scaled_and_left_out_without_values() -> None:
     assert figures.percentile("p", [], 50) == {}
 
 
-def test_the_drain_is_the_longest_output_at_the_median_pace() -> None:
-    assert figures.drained([reply([1, 1.1, 1.2, 1.3]), reply([1, 3])]) == pytest.approx(4 * 0.1)
-    assert figures.drained([reply([1])]) is None
+def test_the_drain_is_the_longest_reply_or_the_longest_output_at_the_median_pace() -> None:
+    replies = [reply([1, 1.1, 1.2, 1.3]), reply([1, 3])]
+    assert figures.at_median_pace(replies) == pytest.approx(4 * 0.1)
+    assert figures.longest(replies) == 2
+    assert figures.at_median_pace([reply([1])]) is None
+    assert figures.longest([]) is None
 
 
 # Figures of cases --------------------------------------------------------------------------
@@ -119,7 +122,8 @@ def test_flood() -> None:
     (found,) = figures.of("flood", [parts], True)
     assert found["third_s"] == pytest.approx(2)
     assert found["tokens_s"] == pytest.approx(0.4)
-    assert found["of_bound"] == pytest.approx(5 / (1.5 * 2 + 4 * 0.5))
+    assert found["of_bound"] == pytest.approx(5 / (1.5 * 2 + 1.5))
+    assert found["of_pace_bound"] == pytest.approx(5 / (1.5 * 2 + 4 * 0.5))
     assert found["failed"] == 0
 
 
@@ -131,7 +135,7 @@ def test_a_victim_without_a_reply_has_no_figure_and_is_a_failure() -> None:
     }
     (found,) = figures.of("six", [parts], True)
     assert found["failed"] == 1
-    assert not {"p99_s", "of_bound"} & found.keys()
+    assert not {"p99_s", "of_bound", "of_pace_bound"} & found.keys()
 
 
 def test_bystanders() -> None:
