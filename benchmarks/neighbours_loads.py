@@ -212,7 +212,7 @@ async def flood(turn: Turn) -> Parts:
         for at in BASE_AT_S
         if at < turn.lasts(FLOOD_S)
     ]
-    one = [ask(random, 101, third, *victim, due_s=begin + min(THIRD_AT_S, turn.lasts(1)))]
+    one = [ask(random, 101, third, *victim, due_s=begin + _third_at(turn))]
     hot, bases, thirds = await asyncio.gather(
         _hot(turn),
         whole(turn, turn.client.in_turn(base)),
@@ -231,7 +231,7 @@ async def six(turn: Turn) -> Parts:
     victim = (VICTIM_PROMPT, VICTIM_OUTPUT)
     alone = [ask(random, 100, name, *victim) for name in names]
     quiet = await whole(turn, turn.client.in_turn(alone))
-    first = turn.client.now() + min(THIRD_AT_S, turn.lasts(1))
+    first = turn.client.now() + _third_at(turn)
     asked = [
         ask(random, 100, name, *victim, due_s=None if i else first) for i, name in enumerate(names)
     ]
@@ -242,6 +242,11 @@ async def six(turn: Turn) -> Parts:
     hot = await flooding
     hot = replace(hot, end_s=min(hot.end_s, victims.end_s))
     return {"alone": quiet, "flood": hot, "victims": victims}
+
+
+def _third_at(turn: Turn) -> float:
+    """When a flood has been going on for a while: its requests have not all just begun."""
+    return min(THIRD_AT_S, turn.lasts(FLOOD_S) / 4)
 
 
 async def _hot(turn: Turn, enough: asyncio.Event | None = None) -> Part:

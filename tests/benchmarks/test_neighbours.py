@@ -241,7 +241,7 @@ class Answers:
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("FLOOD_S", "SHARES_S", "MANY_S", "THOUSAND_S", "ALONE_S"):
         monkeypatch.setattr(loads, name, 0.15)
-    monkeypatch.setattr(loads, "THIRD_AT_S", 0.05)
+    monkeypatch.setattr(loads, "THIRD_AT_S", 0.03)
     monkeypatch.setattr(loads, "BASE_AT_S", (0.04, 0.08, 0.12))
     monkeypatch.setattr(loads, "DECODED", 150)
     monkeypatch.setattr(loads, "LOAD_EVERY_S", 0.03)
@@ -281,6 +281,11 @@ async def test_every_server_is_asked_the_same_and_no_two_rounds_are_alike() -> N
         assert [n for n in both if later[n].prompt == firsts(one[1])[n].prompt] == [], case
 
 
+async def test_victims_come_when_a_flood_has_been_going_on_for_a_while() -> None:
+    assert loads._third_at(Turn(Answers(), "flood", 0)) == 5
+    assert loads._third_at(Turn(Answers(), "flood", loads.WARM_UP)) == 1
+
+
 @pytest.mark.usefixtures("quick")
 async def test_the_flood_and_its_victims() -> None:
     parts, _ = await done("flood")
@@ -292,7 +297,7 @@ async def test_the_flood_and_its_victims() -> None:
     ]
     assert [r.adapter for r in parts["base"].replies] == [None] * 3
     begin = parts["flood"].begin_s
-    assert parts["third"].replies[0].due_s - begin == pytest.approx(0.05, abs=0.02)
+    assert parts["third"].replies[0].due_s - begin == pytest.approx(0.03, abs=0.02)
 
 
 @pytest.mark.usefixtures("quick")
