@@ -74,7 +74,7 @@ class Supervisor:
         self._began = time.monotonic()
         self._processes = launch.processes(self._engine)
         serving.remarks = await launch.verify(self._engine)
-        serving.gateway = self._gateway()
+        serving.gateway = self._new_gateway()
         handlers = await Handlers.build(serving.gateway, serving.args)
         serving.proving.begin(serving.gateway)
         return handlers
@@ -83,8 +83,7 @@ class Supervisor:
         """Has another engine take the place of each that ends, for ever."""
         failed = 0
         while True:
-            assert self._serving.gateway is not None  # noqa: S101 (`begin` has set it)
-            reason = await self._serving.gateway.ended()
+            reason = await self._gateway.ended()
             failed = 0 if time.monotonic() - self._began > HEALTHY_S else failed
             self._say(f"{reason}; starting another")
             try:
@@ -118,12 +117,9 @@ class Supervisor:
 
     async def _bury(self) -> None:
         serving = self._serving
-        gateway = serving.gateway
-        assert gateway is not None  # noqa: S101 (an engine was there)
         serving.handlers = None
         serving.proving.pause()
-        suspects = gateway.close()
-        await self._accuse(suspects)
+        await self._accuse(self._gateway.close())
         launch.release(self._engine)
         await self._end()
 
@@ -155,15 +151,18 @@ class Supervisor:
 
     async def pin(self) -> None:
         """Loads and keeps what the registry has pinned."""
-        gateway = self._serving.gateway
-        assert gateway is not None  # noqa: S101 (`begin` has set it)
         for version in await asyncio.to_thread(self._serving.registry.pinned):
             try:
-                await gateway.pin(version)
+                await self._gateway.pin(version)
             except (AdapterError, ServerError) as error:
                 self._say(f"{version.reference} is not kept loaded: {error.message}")
 
+    @property
     def _gateway(self) -> Gateway:
+        assert self._serving.gateway is not None  # noqa: S101 (`begin` has set it)
+        return self._serving.gateway
+
+    def _new_gateway(self) -> Gateway:
         serving, settings = self._serving, self._serving.settings
         residency = Residency(settings.host_capacity, settings.max_loras)
         requests, prefill = launch.limits(self._engine)
