@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -64,12 +64,17 @@ class Server:
         self.process.wait(30)
 
 
-def nothing_left(client: httpx.Client) -> None:
-    """No request, load or lease is left behind, and the engine has what it should have."""
+def nothing_under_way(client: httpx.Client) -> None:
+    """No request, load or lease is left behind."""
     deadline = time.monotonic() + LEFT_S
     while (left := _under_way(client)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not left, left
+
+
+def nothing_left(client: httpx.Client) -> None:
+    """Nothing is, and the engine has what it should have."""
+    nothing_under_way(client)
     time.sleep(COMPARED_S)
     drift = [line for line in _metrics(client) if re.match("loraplex_engine_drift ", line)]
     assert drift == ["loraplex_engine_drift 0.0"]
@@ -92,14 +97,29 @@ def _metrics(client: httpx.Client) -> list[str]:
 @pytest.fixture(autouse=True)
 def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
     """After each test with the session's server, unless the test has ended it."""
-    if not {"http", "server"} & {*request.fixturenames}:
+    uses = {"http", "server"} & {*request.fixturenames}
+    yield from _then(nothing_under_way, request, bool(uses))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def leaves_no_drift(request: pytest.FixtureRequest) -> Iterator[None]:
+    """After each module with the session's server; the look takes longer than most tests."""
+    items = [item for item in request.session.items if item.path == request.path]
+    uses = [item for item in items if {"http", "server"} & {*getattr(item, "fixturenames", ())}]
+    yield from _then(nothing_left, request, bool(uses))
+
+
+def _then(
+    look: Callable[[httpx.Client], None], request: pytest.FixtureRequest, uses_server: bool
+) -> Iterator[None]:
+    if not uses_server:
         yield
         return
     server: Server = request.getfixturevalue("server")
     yield
     if server.process is not None and server.process.poll() is None:
         with httpx.Client(base_url=server.url, timeout=30) as client:
-            nothing_left(client)
+            look(client)
 
 
 @pytest.fixture(scope="module", autouse=True)

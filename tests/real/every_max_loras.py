@@ -22,6 +22,7 @@ CHUNK = 48  # tokens a step computes at most: longer prompts are cut
 
 def main(base: str, adapters: list[str]) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; each engine zeroes all of it
     print(f"op: {op.form()}")
     for slots in range(1, MOST + 1):
         print(json.dumps(replies(base, adapters, slots)), flush=True)

@@ -22,6 +22,7 @@ MAX_RANK = 32
 
 def main(plan: dict[str, Any]) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; each engine zeroes all of it
     from vllm import LLM, SamplingParams
     from vllm.lora.request import LoRARequest
 
