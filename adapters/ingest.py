@@ -21,6 +21,7 @@ from adapters.errors import (
     InvalidAdapter,
     Problem,
     ReservedName,
+    StoreError,
     VersionNotFound,
     VersionQuarantined,
 )
@@ -226,9 +227,11 @@ class Ingest:
         """Removes forms whose bytes, read in full, are damaged; True if there were any.
 
         To be called when a load has failed: damage that has kept a file's time is not seen before.
+        What cannot be read is left as it is.
         """
-        with self._lock(digest):
+        with self._lock(digest), suppress(StoreError):
             return bool(self._store.damaged_forms(digest))
+        return False
 
     def audit(self) -> Audit:
         """`audit.audit` of what was written to since it was sealed, while others may ingest."""

@@ -126,6 +126,17 @@ def test_a_form_that_could_not_be_loaded_is_made_again_if_it_is_damaged(make, up
     assert ingest.form(digest).is_dir() and not ingest.mend(digest)
 
 
+def test_a_form_that_cannot_be_read_is_left(make, upload, ingest, store, monkeypatch):
+    digest = upload(make()).digest
+
+    def fail(_: str) -> list[str]:
+        raise StoreError("Could not check an adapter's forms: Permission denied.")
+
+    monkeypatch.setattr(store, "damaged_forms", fail)
+    assert not ingest.mend(digest)
+    assert ingest.form(digest).is_dir()
+
+
 def test_orphans_are_named_and_not_touched(make, upload, store, registry, ingest):
     version = upload(make())
     registry.delete_adapter("sql")

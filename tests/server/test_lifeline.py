@@ -19,7 +19,9 @@ CHILD = (
     "time.sleep(60)\n"
 )
 SERVER = (
-    "import os, subprocess, sys, time\n"
+    "import os, signal, subprocess, sys, time\n"
+    # Whoever starts the tests in the background has it ignored.
+    "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
     "from server import lifeline\n"
     "lifeline.hold()\n"
     "lifeline.follow()\n"
