@@ -403,9 +403,8 @@ class Registry:
 
     def heal(self, digest: str) -> bool:
         """Serves the versions with `digest` again that were quarantined for damage, if any."""
-        return self._write(
-            lambda db: _heal(db, digest, _versions.c.lasting.is_not(True)).rowcount > 0
-        )
+        for_damage = _versions.c.lasting.is_not(True)
+        return self._write(lambda db: _heal(db, digest, for_damage).rowcount > 0)
 
     def pin(self, version: Version, pinned: bool) -> None:
         """Notes that a version is to be kept loaded, or not any more."""
@@ -583,14 +582,10 @@ def _first(
     return db.execute(sa.select(_versions).where(mine, condition)).first()
 
 
-def _heal(
-    db: sa.Connection, digest: str, only: sa.ColumnElement[bool] | None = None
-) -> sa.CursorResult[Any]:
+def _heal(db: sa.Connection, digest: str, *only: sa.ColumnElement[bool]) -> sa.CursorResult[Any]:
     broken = (_versions.c.digest == digest) & (_versions.c.state == QUARANTINED)
-    broken = broken if only is None else broken & only
-    return db.execute(
-        _versions.update().where(broken).values(state=READY, reason=None, lasting=None)
-    )
+    served = {"state": READY, "reason": None, "lasting": None}
+    return db.execute(_versions.update().where(broken, *only).values(served))
 
 
 def _numbered(db: sa.Connection, adapter_id: int, name: str, number: int) -> sa.Row[Any]:

@@ -496,14 +496,7 @@ class Gateway:
         error: Exception | None = None
         try:
             async with asyncio.timeout(self.times.load):
-                size = await self._vouch(lora)
-                try:
-                    await self._loader.stage(lora)
-                except LoadFailed:
-                    if not await self._reading(self._ingest.mend, lora.lora_name):
-                        raise
-                    size = await self._vouch(lora)
-                    await self._loader.stage(lora)
+                size = await self._stage(lora)
         except TimeoutError:
             error = AdapterLoadTimeout(
                 f"Loading {load.digest} has taken more than {self.times.load:.0f} s. Ask again."
@@ -526,6 +519,18 @@ class Gateway:
             self._finish_retiring(load.digest)
         self._decide()
         return error
+
+    async def _stage(self, lora: LoRARequest) -> int:
+        """Has it on the host; returns its bytes. A form that turns out damaged is made again."""
+        size = await self._vouch(lora)
+        try:
+            await self._loader.stage(lora)
+        except LoadFailed:
+            if not await self._reading(self._ingest.mend, lora.lora_name):
+                raise
+            size = await self._vouch(lora)
+            await self._loader.stage(lora)
+        return size
 
     async def _vouch(self, lora: LoRARequest) -> int:
         """Makes sure of the files to load; returns their bytes."""

@@ -143,7 +143,7 @@ class Supervisor:
         reason = f"The engine has ended {DEATHS} times in a row with this adapter in it."
         try:
             names = await asyncio.to_thread(serving.registry.references_to, digest)
-            await asyncio.to_thread(serving.registry.quarantine, digest, reason, True)
+            await asyncio.to_thread(serving.registry.quarantine, digest, reason, lasting=True)
         except AdapterError as error:
             self._say(f"{digest} could not be taken out of service: {error.message}")
         else:

@@ -39,7 +39,7 @@ class Loader:
             await self._all("loraplex_stage", lora.lora_int_id, lora.lora_path)
             await self._taken(lora.lora_int_id)
         except BaseException:
-            self._drop_soon([lora.lora_int_id])
+            self._drop_soon(lora.lora_int_id)
             raise
 
     async def _taken(self, lora_id: int) -> None:
@@ -95,16 +95,16 @@ class Loader:
         answers: list[Any] = await self._engine.collective_rpc(method, args=args)
         return answers
 
-    def _drop_soon(self, ids: list[int]) -> None:
+    def _drop_soon(self, lora_id: int) -> None:
         # Not awaited: who cancels, or has waited too long, does not wait for an engine as well.
         # What is asked of the workers after this comes after it.
-        task = asyncio.ensure_future(self._drop_unless_dead(ids))
+        task = asyncio.ensure_future(self._drop_unless_dead(lora_id))
         self._dropping.add(task)
         task.add_done_callback(self._dropping.discard)
 
-    async def _drop_unless_dead(self, ids: list[int]) -> None:
+    async def _drop_unless_dead(self, lora_id: int) -> None:
         with contextlib.suppress(EngineDeadError):
-            await self.drop(ids)
+            await self.drop([lora_id])
 
 
 def _raise_failed(states: list[dict[str, str]]) -> None:
