@@ -22,13 +22,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import httpx
 import typer
 from rich.console import Console
 
 from adapters.base import BaseSpec
+from adapters.ingest import Rules
 from adapters.registry import Registry
 from adapters.store import Store
 from benchmarks import adapters, load, machine, neighbours_report, scale
@@ -56,6 +57,8 @@ LINEARS_ONLY = ("--lora-target-modules", *adapters.LINEARS)
 
 console = Console(stderr=True, highlight=False)
 Raw = dict[str, dict[str, Any]]  # case → its record
+Dtype = Literal["bfloat16", "float32"]
+STORED: Mapping[Dtype, str] = {"bfloat16": "BF16", "float32": "F32"}  # in safetensors' words
 
 
 @dataclass(frozen=True)
@@ -76,10 +79,11 @@ class Group:
     )
     thousand: bool = False
 
-    def target(self, name: str) -> Target:
+    def target(self, name: str, dtype: Dtype) -> Target:
         """How the server of that name is started."""
         flags = (
             *COMMON,
+            *("--dtype", dtype),
             *("--max-loras", str(self.slots), "--max-cpu-loras", str(self.host)),
             *("--max-lora-rank", str(self.rank), "--max-num-seqs", str(self.seats)),
             *self.servers[name],
@@ -157,6 +161,10 @@ def main(
         list[str] | None, typer.Option(help=f"Only this case; repeatable. {', '.join(CASES)}.")
     ] = None,
     rounds: Annotated[int, typer.Option(min=1, help="Rounds that count, after a warm-up.")] = 5,
+    dtype: Annotated[
+        Dtype,
+        typer.Option(help="What the engines compute with; float32 where the CPU has no bf16."),
+    ] = "bfloat16",
     out: Out = RESULTS,
 ) -> None:
     """Measure, add to the raw data, write table and plots."""
@@ -167,7 +175,7 @@ def main(
     # An end from outside is as orderly as Ctrl-C: servers must not outlive us.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        run(case or CASES, rounds, out)
+        run(case or CASES, rounds, dtype, out)
     except KeyboardInterrupt:
         raise typer.Exit(130) from None
     except (TargetError, load.LoadError, ConfigError) as error:
@@ -219,7 +227,7 @@ def merge(out: Path, measured: Raw) -> None:
 # Measuring ---------------------------------------------------------------------------------
 
 
-def run(cases: Sequence[str], rounds: int, out: Path) -> None:
+def run(cases: Sequence[str], rounds: int, dtype: Dtype, out: Path) -> None:
     """Measures `cases`; what is there after each round is in the raw data of `out`.
 
     Raises:
@@ -233,16 +241,18 @@ def run(cases: Sequence[str], rounds: int, out: Path) -> None:
         for number, group in enumerate(GROUPS):
             wanted = [case for case in group.cases if case in cases]
             if wanted:
-                _Running(group, wanted, base, Path(scratch) / str(number)).measure(
-                    rounds, described, out
-                )
+                servers = _Running(group, dtype, wanted, base, Path(scratch) / str(number))
+                servers.measure(rounds, described, out)
 
 
 class _Running:
     """The servers of a group."""
 
-    def __init__(self, group: Group, cases: Sequence[str], base: Path, scratch: Path) -> None:
+    def __init__(
+        self, group: Group, dtype: Dtype, cases: Sequence[str], base: Path, scratch: Path
+    ) -> None:
         self._group = group
+        self._dtype = dtype
         self._cases = cases
         self._base = base
         self._scratch = scratch
@@ -257,7 +267,7 @@ class _Running:
                     done = [self._turn(case, name, round_) for name in self._order(round_)]
                     turns[case] += done if round_ != WARM_UP else []
                 if round_ != WARM_UP:
-                    record = {"machine": described, "rounds": round_ + 1}
+                    record = {"machine": described, "dtype": self._dtype, "rounds": round_ + 1}
                     merge(out, {case: record | {"turns": turns[case]} for case in self._cases})
 
     def _order(self, round_: int) -> list[str]:
@@ -297,7 +307,7 @@ class _Running:
                 late = _sealed(filled)
             elif filled is not None:
                 own = filled
-            server = Server(name, self._group.target(name), ENVIRONMENT, material, own)
+            server = Server(name, self._group.target(name, self._dtype), ENVIRONMENT, material, own)
             self._servers[name] = running.enter_context(_paused(server, late))
 
     def _filled(self) -> Path:
@@ -310,7 +320,9 @@ class _Running:
         def write(folder: Path, number: int) -> None:
             adapters.write_plain(folder, shapes, number, self._group.rank)
 
-        return scale.fill(CACHE / "neighbours", THOUSAND, self._base, write)
+        stored = STORED[self._dtype]
+        cache = CACHE / "neighbours" / stored.lower()
+        return scale.fill(cache, THOUSAND, self._base, write, Rules(max_rank=64, dtype=stored))
 
 
 async def _asked(server: Server, case: str, round_: int) -> loads.Parts:

@@ -311,7 +311,8 @@ def _runs(raw: Raw) -> Iterator[str]:
         changed = f" with {on['changed_files']} files changed" if on["changed_files"] else ""
         yield (
             f"- {case}: {record['rounds']} rounds, {on['when']}, commit {on['commit'][:12]}"
-            f"{changed}; {on['cpu']}, {on['cores']} cores, {on['memory_gib']} GiB, no GPU used, "
+            f"{changed}; {record['dtype']} on {on['cpu']} ({', '.join(on['flags'])}), "
+            f"{on['cores']} cores, {on['memory_gib']} GiB, no GPU used, "
             f"load before {on['load_before']}."
         )
 

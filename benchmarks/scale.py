@@ -51,6 +51,7 @@ COUNTS = (10, 1_000, 10_000)
 PAGE = 10  # adapters on a page: as many as the smallest folder has, so that all pages are full
 TEAM = PAGE  # adapters whose names share a prefix
 ALIAS = "prod"
+RULES = Rules(max_rank=64)
 THREADS = 4  # that fill a folder: they wait for the disk most of the time
 LAYERS, WIDTH = 30, 576  # of the default base and its q_proj
 
@@ -194,7 +195,9 @@ def team(number: int) -> str:
     return f"team-{number // TEAM:06d}."
 
 
-def fill(cache: Path, count: int, base: Path, write: Write | None = None) -> Path:
+def fill(
+    cache: Path, count: int, base: Path, write: Write | None = None, rules: Rules = RULES
+) -> Path:
     """The folder in `cache` with a server's state of `count` adapters, filled if it is not there.
 
     `write` writes the adapter of a number into a folder; left out, it is `make`.
@@ -208,7 +211,7 @@ def fill(cache: Path, count: int, base: Path, write: Write | None = None) -> Pat
     # Renamed into place when complete: what an interrupted run left is never used.
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         filling = Path(scratch) / "filling"
-        times = list(_ingest(filling / "home", count, base, write or make))
+        times = list(_ingest(filling / "home", count, base, write or make, rules))
         tenth = max(1, count // 10)
         rates = {
             "adapters_s": count / (times[-1] - times[0]),
@@ -220,10 +223,10 @@ def fill(cache: Path, count: int, base: Path, write: Write | None = None) -> Pat
     return folder
 
 
-def _ingest(home: Path, count: int, base: Path, write: Write) -> Iterator[float]:
+def _ingest(home: Path, count: int, base: Path, write: Write, rules: Rules) -> Iterator[float]:
     """Takes adapters in; yields the time, in seconds, before the first and after each."""
     store, registry = Store(home / "store"), Registry(f"sqlite:///{home / 'registry.db'}")
-    ingest = Ingest(store, registry, BaseSpec.read(base, DEFAULT_MODEL), Rules(max_rank=64))
+    ingest = Ingest(store, registry, BaseSpec.read(base, DEFAULT_MODEL), rules)
 
     def one(number: int) -> None:
         with store.staging() as folder:

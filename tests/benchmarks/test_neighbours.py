@@ -27,6 +27,7 @@ MACHINE = {
     "when": "2026-01-01T00:00:00+00:00",
     "cpu": "Some CPU",
     "cores": 2,
+    "flags": ["avx2"],
     "memory_gib": 8.0,
     "load_before": 0.1,
     "commit": "0123456789abcdef",
@@ -401,7 +402,7 @@ async def test_a_warm_up_is_short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_both_servers_have_the_same_limits() -> None:
     for group in neighbours.GROUPS:
-        targets = {name: group.target(name) for name in group.servers}
+        targets = {name: group.target(name, "float32") for name in group.servers}
         stock = targets.pop(neighbours.STOCK)
         assert stock.environment["VLLM_PLUGINS"] == "loraplex"
         for name, target in targets.items():
@@ -431,7 +432,8 @@ def test_the_thousand_are_taken_in_and_stock_is_told_where_they_are(
     monkeypatch.setattr(neighbours, "CACHE", tmp_path)
     monkeypatch.setattr(neighbours, "THOUSAND", 3)
     (group,) = (group for group in neighbours.GROUPS if group.thousand)
-    filled = neighbours._Running(group, group.cases, base_folder, tmp_path)._filled()
+    filled = neighbours._Running(group, "float32", group.cases, base_folder, tmp_path)._filled()
+    assert filled.parent.name == "f32"
     sealed = neighbours._sealed(filled)
     assert list(sealed) == [scale.name(i) for i in range(3)]
     for folder in sealed.values():
@@ -456,7 +458,7 @@ def test_a_part_survives_packing() -> None:
 
 
 def record(rounds: int, *turns: dict[str, Any]) -> dict[str, Any]:
-    return {"machine": MACHINE, "rounds": rounds, "turns": list(turns)}
+    return {"machine": MACHINE, "dtype": "float32", "rounds": rounds, "turns": list(turns)}
 
 
 def test_a_case_replaces_itself_and_leaves_the_others(tmp_path: Path) -> None:
@@ -533,7 +535,7 @@ def test_table_says_what_is_cleared_and_what_is_missing() -> None:
     assert lines == ["| overhead | 1 stream, tokens/s | 1 | 1 | 1 | ≥ 0.97 × stock | yes |"]
     assert "Not measured: flood, six, bystanders, shares, fifty, thousand." in text
     assert "overhead: 1 rounds" in text
-    assert "commit 0123456789ab with 3 files changed" in text
+    assert "commit 0123456789ab with 3 files changed; float32 on" in text
 
 
 def test_a_bar_without_a_measurement_is_not_cleared() -> None:
