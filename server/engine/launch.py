@@ -154,6 +154,9 @@ def parse(settings: Settings, folder: Path, linears: list[str]) -> Namespace:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"vLLM: {_reason(error)}") from None
+    quantized = args.quantization or getattr(_config(folder), "quantization_config", None)
+    if args.dtype == "auto" and not quantized and current_platform.is_cpu() and slow_in_bf16():
+        args.dtype = "float32"
     return args  # type: ignore[no-any-return]
 
 
@@ -161,13 +164,11 @@ def dtype(args: Namespace, folder: Path) -> str:
     """The type that the engine computes with, and therefore loads adapters in: BF16, F16 or F32.
 
     A model in float32 is served in bfloat16 unless the arguments say otherwise, as vLLM does where
-    the hardware has it.
+    the hardware has it; `parse` says otherwise for a CPU that has not.
     """
-    from transformers import AutoConfig
-
     wanted = args.dtype
     if wanted == "auto":
-        stored = AutoConfig.from_pretrained(folder).get_text_config().dtype
+        stored = _config(folder).get_text_config().dtype
         wanted = {"torch.float16": "half"}.get(str(stored), "bfloat16")
     return {"half": "F16", "float16": "F16", "float": "F32", "float32": "F32"}.get(wanted, "BF16")
 
@@ -186,10 +187,22 @@ def _refuse_unused(args: Namespace, ours: Namespace) -> None:
 
 
 def _context(folder: Path) -> int:
+    text = _config(folder).get_text_config()
+    return int(getattr(text, "max_position_embeddings", CPU_CONTEXT))
+
+
+def _config(folder: Path) -> Any:
     from transformers import AutoConfig
 
-    config = AutoConfig.from_pretrained(folder).get_text_config()
-    return int(getattr(config, "max_position_embeddings", CPU_CONTEXT))
+    return AutoConfig.from_pretrained(folder)
+
+
+def slow_in_bf16() -> bool:
+    """Whether oneDNN has no bf16 kernels for this CPU: products of more than a few rows then take
+    several times as long as in float32."""
+    import torch
+
+    return bool(torch.backends.cpu.get_cpu_capability() == "AVX2")
 
 
 def start(args: Namespace, compile: bool | None = None, say: Callable[[str], None] = print) -> Any:
@@ -215,6 +228,8 @@ def start(args: Namespace, compile: bool | None = None, say: Callable[[str], Non
             raise ConfigError(f"vLLM cannot serve {args.model}: {_reason(error)}") from None
 
     config = configure()
+    if current_platform.is_cpu() and args.dtype == "float32" and slow_in_bf16():
+        say("this CPU is slow in bfloat16, so it is float32 (--dtype bfloat16: half the memory)")
     os.environ.pop(COMPILED, None)
     if current_platform.is_cpu() and config.compilation_config.mode != CompilationMode.NONE:
         compiled = _compiled(config)

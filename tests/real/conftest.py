@@ -7,7 +7,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
 import httpx
@@ -97,16 +97,19 @@ def _metrics(client: httpx.Client) -> list[str]:
 @pytest.fixture(autouse=True)
 def leaves_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
     """After each test with the session's server, unless the test has ended it."""
-    uses = {"http", "server"} & {*request.fixturenames}
-    yield from _then(nothing_under_way, request, bool(uses))
+    yield from _then(nothing_under_way, request, _uses_server(request.fixturenames))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def leaves_no_drift(request: pytest.FixtureRequest) -> Iterator[None]:
     """After each module with the session's server; the look takes longer than most tests."""
     items = [item for item in request.session.items if item.path == request.path]
-    uses = [item for item in items if {"http", "server"} & {*getattr(item, "fixturenames", ())}]
-    yield from _then(nothing_left, request, bool(uses))
+    uses = any(_uses_server(getattr(item, "fixturenames", ())) for item in items)
+    yield from _then(nothing_left, request, uses)
+
+
+def _uses_server(fixtures: Iterable[str]) -> bool:
+    return not {"http", "server"}.isdisjoint(fixtures)
 
 
 def _then(

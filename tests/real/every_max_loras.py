@@ -12,6 +12,7 @@ import os
 import random
 import sys
 
+from server.engine import launch
 from server.engine.cpu import op
 from tests.conftest import SEVEN
 
@@ -36,6 +37,7 @@ def replies(base: str, adapters: list[str], slots: int) -> list[dict[str, object
 
     engine = LLM(
         base,
+        dtype="float32" if launch.slow_in_bf16() else "auto",  # as the server
         enforce_eager=True,
         enable_lora=True,
         max_loras=slots,
