@@ -27,15 +27,16 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.mark.timeout(900)
+@pytest.mark.parametrize("workers", [1, 3])  # the base has 9 heads, with 3 pairs of K and V
 def test_staged_in_any_order_every_adapter_is_exact(
-    base_folder: Path, make_adapter: MakeAdapter, tmp_path: Path
+    base_folder: Path, make_adapter: MakeAdapter, tmp_path: Path, workers: int
 ) -> None:
     folders = [make_adapter(300 + i, std=0.01, **kind) for i, kind in enumerate(KINDS)]
     spec = BaseSpec.read(base_folder, "base")
     forms = [form(folder, spec, tmp_path / str(i)) for i, folder in enumerate(folders)]
     broken = tmp_path / "broken"
     break_each(folders[0], spec, broken)
-    command = [sys.executable, "-m", "tests.real.staging", str(base_folder), "1"]
+    command = [sys.executable, "-m", "tests.real.staging", str(base_folder), str(workers)]
     done = subprocess.run(
         [*command, str(broken), *map(str, forms)],
         capture_output=True,
@@ -43,7 +44,8 @@ def test_staged_in_any_order_every_adapter_is_exact(
         timeout=800,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    said = json.loads(done.stdout.splitlines()[-1])
+    (line,) = (line for line in done.stdout.splitlines() if line.startswith('{"replies"'))
+    said = json.loads(line)
 
     messages = said["messages"]
     assert "before it was staged" in messages.pop("unasked")
