@@ -29,7 +29,6 @@ import typer
 from rich.console import Console
 
 from adapters.base import BaseSpec
-from adapters.ingest import Rules
 from adapters.registry import Registry
 from adapters.store import Store
 from benchmarks import adapters, load, machine, neighbours_report, scale
@@ -322,7 +321,7 @@ class _Running:
 
         stored = STORED[self._dtype]
         cache = CACHE / "neighbours" / stored.lower()
-        return scale.fill(cache, THOUSAND, self._base, write, Rules(max_rank=64, dtype=stored))
+        return scale.fill(cache, THOUSAND, self._base, write, stored)
 
 
 async def _asked(server: Server, case: str, round_: int) -> loads.Parts:

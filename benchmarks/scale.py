@@ -51,7 +51,6 @@ COUNTS = (10, 1_000, 10_000)
 PAGE = 10  # adapters on a page: as many as the smallest folder has, so that all pages are full
 TEAM = PAGE  # adapters whose names share a prefix
 ALIAS = "prod"
-RULES = Rules(max_rank=64)
 THREADS = 4  # that fill a folder: they wait for the disk most of the time
 LAYERS, WIDTH = 30, 576  # of the default base and its q_proj
 
@@ -196,11 +195,12 @@ def team(number: int) -> str:
 
 
 def fill(
-    cache: Path, count: int, base: Path, write: Write | None = None, rules: Rules = RULES
+    cache: Path, count: int, base: Path, write: Write | None = None, dtype: str = "BF16"
 ) -> Path:
     """The folder in `cache` with a server's state of `count` adapters, filled if it is not there.
 
-    `write` writes the adapter of a number into a folder; left out, it is `make`.
+    `write` writes the adapter of a number into a folder; left out, it is `make`. `dtype` is what
+    the server that is to load them computes with: BF16, F16 or F32.
     The state is in `home`; `filled.json` says how many adapters a second were taken in, over all,
     over the first tenth of them and over the last.
     """
@@ -211,7 +211,7 @@ def fill(
     # Renamed into place when complete: what an interrupted run left is never used.
     with tempfile.TemporaryDirectory(dir=cache) as scratch:
         filling = Path(scratch) / "filling"
-        times = list(_ingest(filling / "home", count, base, write or make, rules))
+        times = list(_ingest(filling / "home", count, base, write or make, dtype))
         tenth = max(1, count // 10)
         rates = {
             "adapters_s": count / (times[-1] - times[0]),
@@ -223,9 +223,10 @@ def fill(
     return folder
 
 
-def _ingest(home: Path, count: int, base: Path, write: Write, rules: Rules) -> Iterator[float]:
+def _ingest(home: Path, count: int, base: Path, write: Write, dtype: str) -> Iterator[float]:
     """Takes adapters in; yields the time, in seconds, before the first and after each."""
     store, registry = Store(home / "store"), Registry(f"sqlite:///{home / 'registry.db'}")
+    rules = Rules(max_rank=64, dtype=dtype)
     ingest = Ingest(store, registry, BaseSpec.read(base, DEFAULT_MODEL), rules)
 
     def one(number: int) -> None:

@@ -225,6 +225,7 @@ def _loraplex(target: Target, material: Material, port: int, own: Path) -> _Kind
 
     command = [str(Path(sys.executable).with_name("loraplex")), "serve", "--no-demo-adapters"]
     command += ["--port", str(port), "--home", str(own / "home")]
+    command += ["--dtype", "bfloat16"]  # as the others, whatever the CPU
     return _Kind(command, "/ready", OpenAI(), _compiled(material), upload)
 
 

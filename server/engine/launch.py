@@ -154,8 +154,7 @@ def parse(settings: Settings, folder: Path, linears: list[str]) -> Namespace:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"vLLM: {_reason(error)}") from None
-    quantized = args.quantization or getattr(_config(folder), "quantization_config", None)
-    if args.dtype == "auto" and not quantized and current_platform.is_cpu() and slow_in_bf16():
+    if args.dtype == "auto" and slow_in_bf16() and not _quantized(args, folder):
         args.dtype = "float32"
     return args  # type: ignore[no-any-return]
 
@@ -197,12 +196,17 @@ def _config(folder: Path) -> Any:
     return AutoConfig.from_pretrained(folder)
 
 
-def slow_in_bf16() -> bool:
-    """Whether oneDNN has no bf16 kernels for this CPU: products of more than a few rows then take
-    several times as long as in float32."""
-    import torch
+def _quantized(args: Namespace, folder: Path) -> bool:
+    return bool(args.quantization or getattr(_config(folder), "quantization_config", None))
 
-    return bool(torch.backends.cpu.get_cpu_capability() == "AVX2")
+
+def slow_in_bf16() -> bool:
+    """Whether the engine is on a CPU for which oneDNN has no bf16 kernels: products of more than a
+    few rows then take several times as long as in float32."""
+    import torch
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.is_cpu() and torch.backends.cpu.get_cpu_capability() == "AVX2")
 
 
 def start(args: Namespace, compile: bool | None = None, say: Callable[[str], None] = print) -> Any:
@@ -228,7 +232,7 @@ def start(args: Namespace, compile: bool | None = None, say: Callable[[str], Non
             raise ConfigError(f"vLLM cannot serve {args.model}: {_reason(error)}") from None
 
     config = configure()
-    if current_platform.is_cpu() and args.dtype == "float32" and slow_in_bf16():
+    if args.dtype == "float32" and slow_in_bf16():
         say("this CPU is slow in bfloat16, so it is float32 (--dtype bfloat16: half the memory)")
     os.environ.pop(COMPILED, None)
     if current_platform.is_cpu() and config.compilation_config.mode != CompilationMode.NONE:
