@@ -57,7 +57,8 @@ THOUSAND_STREAMS = 16
 THOUSAND_PROMPT, THOUSAND_OUTPUT = (32, 96), (8, 24)
 ALPHAS = (0.3, 1.0)
 
-ALONE_S = 8.0
+ALONE_S = 12.0
+ALONE_PROMPT, ALONE_OUTPUT = 80, 32  # of one stream: too few to draw lengths for
 
 
 @dataclass(frozen=True)
@@ -345,10 +346,10 @@ def _zipf(names: Sequence[str]) -> Draw:
 
 async def overhead(turn: Turn) -> Parts:
     """The base only: one stream, and many."""
-    draw = _mixed(None, MANY_PROMPT, MANY_OUTPUT)
+    many = _mixed(None, MANY_PROMPT, MANY_OUTPUT)
     return {
-        "one": await timed(turn, ALONE_S, [(0, draw)]),
-        "many": await timed(turn, ALONE_S, enumerate([draw] * MANY_STREAMS, 1)),
+        "one": await timed(turn, ALONE_S, [(0, lambda _: (None, ALONE_PROMPT, ALONE_OUTPUT))]),
+        "many": await timed(turn, ALONE_S, enumerate([many] * MANY_STREAMS, 1)),
     }
 
 
