@@ -3,8 +3,15 @@
 Synchronous, no I/O, no clock: it decides, the gateway does. Fairness is by virtual token counters
 (Sheng et al., "Fairness in Serving Large Language Models", OSDI 2024): each adapter, and the base
 as one of them, has a counter of the tokens it was served, over its weight; the waiting request of
-the least counter goes first. One that begins to wait is lifted to the least counter that waits, so
-that nobody saves up. Below an adapter the same holds between the keys that call it.
+the least counter goes first. Below an adapter the same holds between the keys that call it.
+
+One that begins to wait is lifted, so that nobody saves up. The paper lifts it to the least counter
+that waits; then adapters that each come with one request, and others after them, stay before one
+that has had a request served for as long as new ones come, and with hundreds of adapters that is
+for ever. Here it is lifted to the system's virtual time, which goes on with all that is served over
+the weights of all that wait or run (Parekh and Gallager, "A Generalized Processor Sharing Approach
+to Flow Control", 1993): who waits is behind it by less and less, whoever comes. It is held between
+the least counter that waits and the greatest there is, and so the paper's bound stands.
 
 What the paper does not have are slots. At most `Limits.slots` different adapters are in flight.
 When one waits for a slot, an adapter that has had its quantum and is ahead of it *drains*: nothing
@@ -124,6 +131,8 @@ class _Shares:
         self._weights = weights
         self._counters: dict[str, float] = {}
         self._level = 0.0  # of the last one that waited, when nobody does
+        self._virtual = 0.0  # time: what all would have been served, had each its share always
+        self._weight = 0.0  # of all that wait or run
         self._least = _Least(self.__getitem__)
         self.waiting: Counter[str] = Counter()
         self.running: Counter[str] = Counter()
@@ -136,13 +145,14 @@ class _Shares:
         if name not in self._least:
             if len(self._counters) > 2 * (REMEMBERED + len(self.waiting) + len(self.running)):
                 self._forget()
-            self._counters[name] = max(self[name], self.floor())
+            self._virtual = self._lift()
+            self._counters[name] = max(self[name], self._virtual)
             self._least.add(name)
-        self.waiting[name] += 1
+        self._add(self.waiting, name)
 
     def leave(self, name: str) -> None:
         """`name` has one less that waits."""
-        _decrease(self.waiting, name)
+        self._remove(self.waiting, name)
         if name not in self.waiting:
             self._least.discard(name)
             if not self.waiting:
@@ -150,21 +160,43 @@ class _Shares:
 
     def admit(self, name: str) -> None:
         """One of `name` waits no longer: it runs."""
+        self._add(self.running, name)
         self.leave(name)
-        self.running[name] += 1
 
     def end(self, name: str) -> None:
         """`name` has one less that runs."""
-        _decrease(self.running, name)
+        self._remove(self.running, name)
 
     def charge(self, name: str, service: float) -> None:
         """`name`, of which one runs, was served so much."""
-        self._counters[name] += service / self._weights.get(name, 1.0)
+        self._counters[name] += service / self._weight_of(name)
+        self._virtual += service / self._weight
 
     def floor(self) -> float:
-        """What one that begins to wait is lifted to; never falls."""
+        """What one that begins to wait is lifted to at least; never falls."""
         least = self._least.first()
         return self._level if least is None else self[least]
+
+    def _lift(self) -> float:
+        """The virtual time, held between the least counter that waits and the greatest there is."""
+        counters = map(self.__getitem__, itertools.chain(self.waiting, self.running))
+        greatest = max(counters, default=0.0)
+        return max(self.floor(), min(self._virtual, greatest))
+
+    def _weight_of(self, name: str) -> float:
+        return self._weights.get(name, 1.0)
+
+    def _add(self, to: Counter[str], name: str) -> None:
+        if name not in self.waiting and name not in self.running:
+            self._weight += self._weight_of(name)
+        to[name] += 1
+
+    def _remove(self, of: Counter[str], name: str) -> None:
+        _decrease(of, name)
+        if not self.waiting and not self.running:
+            self._weight = 0.0
+        elif name not in self.waiting and name not in self.running:
+            self._weight -= self._weight_of(name)
 
     def _forget(self) -> None:
         # At or below the floor a counter says no more than one that is not there, unless it will be

@@ -4,6 +4,7 @@
 one token for each of its seats, the first one in the step after its admission.
 """
 
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -288,12 +289,10 @@ def test_any_schedule(seed: int) -> None:
 # Starvation --------------------------------------------------------------------------------
 
 
-def longest_wait(limits: Limits, others: int, most: int, load_steps: int) -> float:
-    """Steps that the first request of somebody who comes to a flood may wait.
+def longest_wait(limits: Limits, before: float, most: int, load_steps: int) -> float:
+    """Steps that a request may wait which `before` others precede.
 
-    It is lifted to the least counter that waits, so nobody who waits is before it by more than one
-    request: of the `others` that do, each may be admitted once (its counter is then above). Each
-    of those times, and its own,
+    Each of those times, and its own,
     - its adapter may have to be loaded: `load_steps`, for all of which the places may be in use
       until a slot turns over;
     - a slot must turn over. Whatever is admitted from now on has a counter of at least its own, so
@@ -302,7 +301,7 @@ def longest_wait(limits: Limits, others: int, most: int, load_steps: int) -> flo
     - a running request must end for its seats, within `most` + 1 steps.
     """
     turn = limits.quantum / OUTPUT + 2 * (most + 2)
-    return (others + 1) * (load_steps + turn + most + 1)
+    return (before + 1) * (load_steps + turn + most + 1)
 
 
 @settings(max_examples=40, deadline=None)
@@ -325,7 +324,6 @@ def test_nobody_starves_in_a_flood(seed: int) -> None:
             ticket("base-like", 5, 5, digest=None),
         ]
     )
-    longest = longest_wait(limits, len(hot), most, load_steps)
 
     def keep_flooding() -> None:
         waiting = Counter(sent.ticket.digest for sent in world.waiting())
@@ -339,10 +337,47 @@ def test_nobody_starves_in_a_flood(seed: int) -> None:
         world.tick()
     came = world.step
     sent = world.sent[world.join(victim)]
+    # It may have been lifted above others, who catch up first. Then nobody who waits is before it
+    # by more than one request, for its counter is then above.
+    own = world.admission.counter(victim.adapter)
+    behind = [max(0.0, own - world.admission.counter(name)) for name, _ in hot]
+    before = sum(1 + service / (PROMPT + OUTPUT) for service in behind)
     while sent.admitted is None:
-        assert world.step - came <= longest
+        assert world.step - came <= longest_wait(limits, before, most, load_steps)
         keep_flooding()
         world.tick()
+
+
+@settings(max_examples=40, deadline=None)
+@given(seed=seeds)
+def test_nobody_starves_however_many_others_come_for_the_first_time(seed: int) -> None:
+    """More than there are slots for, each with one request, and then another in its place."""
+    random = Random(seed)
+    limits = Limits(random.randint(1, 3), 8, 100, quantum=random.choice((0, 40)))
+    most, load_steps = 12, random.choice((1, 4))
+    prompt, output = 10, random.randint(1, most)
+    newcomers = limits.slots + random.randint(2, 4)
+    world = World(limits, limits.slots + random.randint(0, 2), load_steps=lambda: load_steps)
+    names = (f"new{i}" for i in itertools.count())
+
+    def tick() -> None:
+        for _ in range(newcomers - sum(s.ticket.adapter != "steady" for s in world.sent.values())):
+            world.join(ticket(next(names), prompt, output))
+        world.tick()
+
+    for _ in range(3):
+        sent = world.sent[world.join(ticket("steady", random.randint(1, 30), most))]
+        floor = min(world.admission.counter(each.ticket.adapter) for each in world.waiting())
+        behind = world.admission.counter("steady") - floor
+        # Time reaches its counter when all have been served so much, and newcomers come after it
+        # from then on; before it are those who waited at its arrival, and who do when it is then.
+        served = (newcomers + 1) * behind / (PROMPT * prompt + OUTPUT * output)
+        longest = longest_wait(limits, served + 2 * newcomers, most, load_steps)
+        while sent.admitted is None:
+            assert world.step - sent.joined <= longest
+            tick()
+        while sent.ticket in world.sent:
+            tick()
 
 
 @settings(max_examples=15, deadline=None)
