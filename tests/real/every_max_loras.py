@@ -1,7 +1,8 @@
 """Run as a program: the engine with each number of slots, on mixed batches; prints the replies.
 
-`python -m tests.real.every_max_loras BASE ADAPTER…`: adapters are PEFT folders. For each number of
-slots from 1 to 16, one batch with a base row, one row for each of as many adapters as there are
+`python -m tests.real.every_max_loras PROCESS BASE ADAPTER…`: adapters are PEFT folders. For each
+number of slots from 1 to 16, of which each process takes a part and runs on a core of its own: one
+batch with a base row, one row for each of as many adapters as there are
 slots and one more (so that slots are used again), short and long prompts that are cut into chunks,
 in shuffled order; then the same once more, out of the prefix cache. The engine runs in this
 process: starting a server for each would take minutes.
@@ -17,15 +18,18 @@ from server.engine.cpu import op
 from tests.conftest import SEVEN
 
 MOST = 16
+PROCESSES = 2  # most of an engine's start keeps one core busy
 TOKENS = 6
 CHUNK = 48  # tokens a step computes at most: longer prompts are cut
 
 
-def main(base: str, adapters: list[str]) -> None:
+def main(process: int, base: str, adapters: list[str]) -> None:
+    cores = sorted(os.sched_getaffinity(0))
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(cores[process % len(cores)])
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; each engine zeroes all of it
     print(f"op: {op.form()}")
-    for slots in range(1, MOST + 1):
+    for slots in range(1 + process, MOST + 1, PROCESSES):
         print(json.dumps(replies(base, adapters, slots)), flush=True)
 
 
@@ -88,4 +92,4 @@ def replies(base: str, adapters: list[str], slots: int) -> list[dict[str, object
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2:])
+    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])

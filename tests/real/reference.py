@@ -36,7 +36,8 @@ class Reference:
             with self._model.disable_adapter():
                 logits = self._model(ids).logits[0]
         else:
-            self._model.set_adapter(name)
+            if self._model.active_adapter != name:  # to set it takes as long as to ask it
+                self._model.set_adapter(name)
             logits = self._model(ids).logits[0]
         return logits[len(prompt) - 1 : -1].log_softmax(-1)
 

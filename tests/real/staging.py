@@ -1,9 +1,9 @@
-"""Run as a program: an engine with two slots and three places on the host; prints what came of it.
+"""Run as a program: an engine with two slots and three places on the host; writes what came of it.
 
-`python -m tests.real.staging BASE WORKERS BROKEN ADAPTER…`: ADAPTERs and the folders in BROKEN are
-forms for the engine. Adapters are staged, put into slots, asked and dropped in random order, broken
-ones among them, and where they are is held against where they should be. Printed are the replies,
-the first of each adapter, and the messages.
+`python -m tests.real.staging OUT BASE WORKERS BROKEN ADAPTER…`: ADAPTERs and the folders in BROKEN
+are forms for the engine. Adapters are staged, put into slots, asked and dropped in random order,
+broken ones among them, and where they are is held against where they should be. OUT, a file, gets
+the replies, the first of each adapter, and the messages: workers print on our standard output.
 """
 
 import asyncio
@@ -66,7 +66,7 @@ class Engine:
         return {"tokens": list(completion.token_ids), "logprobs": logprobs}
 
 
-async def main(base: str, workers: int, broken: str, adapters: list[str]) -> None:
+async def main(base: str, workers: int, broken: str, adapters: list[str]) -> dict[str, Any]:
     from vllm.lora.request import LoRARequest
 
     from server.engine.loading import Loader, LoadFailed
@@ -126,16 +126,17 @@ async def main(base: str, workers: int, broken: str, adapters: list[str]) -> Non
     if workers == 1:  # vLLM takes one worker's error for all, and the others' for the next answer
         assert (await loader.resident())["unasked"] == workers
         assert engine.reply(None) == replies["base"]
-    print(json.dumps({"replies": replies, "messages": messages}))
+    return {"replies": replies, "messages": messages}
 
 
 if __name__ == "__main__":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; each engine zeroes all of it
-    base, count, broken, *adapters = sys.argv[1:]
+    out, base, count, broken, *adapters = sys.argv[1:]
     cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
     if int(count) > 1:  # workers may share a core, which vLLM does not choose by itself
         bound = [str(core) for core in itertools.islice(cores, int(count))]
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(bound)
     lifeline.hold()
-    asyncio.run(main(base, int(count), broken, adapters))
+    found = asyncio.run(main(base, int(count), broken, adapters))
+    Path(out).write_text(json.dumps(found))

@@ -1,15 +1,17 @@
 """Exact with every number of slots, adapters of every shape, chunked prefill and prefix cache."""
 
+import itertools
 import json
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.conftest import MakeAdapter
-from tests.real.every_max_loras import MOST
+from tests.real.every_max_loras import MOST, PROCESSES
 from tests.real.reference import Reference, Reply, gap
 
 # Ranks, and which linears an adapter is for: parts of fused layers, a part of the model's layers,
@@ -27,24 +29,36 @@ KINDS: tuple[dict[str, Any], ...] = (
 def test_every_row_is_what_peft_says(base_folder: Path, make_adapter: MakeAdapter) -> None:
     kinds = [KINDS[i % len(KINDS)] for i in range(MOST + 1)]
     folders = [make_adapter(100 + i, std=0.01, **kind) for i, kind in enumerate(kinds)]
-    command = [sys.executable, "-m", "tests.real.every_max_loras", str(base_folder)]
+    with ThreadPoolExecutor() as pool:
+        found = pool.map(lambda each: replies(each, base_folder, folders), range(PROCESSES))
+        answers = list(itertools.chain(*found))
+    assert {answer["slots"] for answer in answers} == set(range(1, MOST + 1))
+
+    reference = Reference(base_folder, {str(i): folder for i, folder in enumerate(folders)})
+    worst = 0.0
+    for (name, prompt, tokens), same in itertools.groupby(sorted(answers, key=asked), asked):
+        want = reference.logprobs(name, list(prompt), tokens)
+        for answer in same:
+            logprobs = tuple(tuple((t, p) for t, p in each) for each in answer["logprobs"])
+            off = gap(Reply(tokens, logprobs), want)
+            assert off < 1, (answer["slots"], name, off)
+            worst = max(worst, off)
+    print(f"the worst row uses {worst:.2f} of the tolerance")
+
+
+def asked(answer: dict[str, Any]) -> tuple[str, tuple[int, ...], tuple[int, ...]]:
+    """What the reference is asked: who said which tokens, after which prompt."""
+    name = "base" if answer["adapter"] is None else str(answer["adapter"])
+    return name, tuple(answer["prompt"]), tuple(answer["tokens"])
+
+
+def replies(process: int, base: Path, folders: list[Path]) -> list[dict[str, Any]]:
+    """What one of the processes says."""
+    command = [sys.executable, "-m", "tests.real.every_max_loras", str(process), str(base)]
     done = subprocess.run(
         [*command, *map(str, folders)], capture_output=True, text=True, timeout=800
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[{")]
     assert "op: avx" in done.stdout or "op: generic" in done.stdout
-    assert [line[0]["slots"] for line in lines] == list(range(1, MOST + 1))
-
-    reference = Reference(base_folder, {str(i): folder for i, folder in enumerate(folders)})
-    worst = 0.0
-    for answer in (each for line in lines for each in line):
-        name = "base" if answer["adapter"] is None else str(answer["adapter"])
-        reply = Reply(
-            tuple(answer["tokens"]),
-            tuple(tuple((t, p) for t, p in each) for each in answer["logprobs"]),
-        )
-        found = gap(reply, reference.logprobs(name, answer["prompt"], reply.tokens))
-        assert found < 1, (answer["slots"], name, found)
-        worst = max(worst, found)
-    print(f"the worst row uses {worst:.2f} of the tolerance")
+    lines = (line for line in done.stdout.splitlines() if line.startswith("[{"))
+    return [answer for line in lines for answer in json.loads(line)]

@@ -36,16 +36,16 @@ def test_staged_in_any_order_every_adapter_is_exact(
     forms = [form(folder, spec, tmp_path / str(i)) for i, folder in enumerate(folders)]
     broken = tmp_path / "broken"
     break_each(folders[0], spec, broken)
-    command = [sys.executable, "-m", "tests.real.staging", str(base_folder), str(workers)]
+    out = tmp_path / "out.json"
+    command = [sys.executable, "-m", "tests.real.staging", str(out), str(base_folder)]
     done = subprocess.run(
-        [*command, str(broken), *map(str, forms)],
+        [*command, str(workers), str(broken), *map(str, forms)],
         capture_output=True,
         text=True,
         timeout=800,
     )
     assert done.returncode == 0, done.stderr[-4000:]
-    (line,) = (line for line in done.stdout.splitlines() if line.startswith('{"replies"'))
-    said = json.loads(line)
+    said = json.loads(out.read_text())
 
     messages = said["messages"]
     assert "before it was staged" in messages.pop("unasked")
