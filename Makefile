@@ -13,7 +13,12 @@ serve: .venv/.runtime .venv/.op ## install what is needed, prepare the base and 
 	@exec .venv/bin/loraplex serve $(ARGS)
 
 test: lint ## install what is needed, run the checks and the whole test suite
+ifdef ARGS
 	.venv/bin/python -m pytest $(ARGS)
+else
+	.venv/bin/python -m pytest --ignore tests/real --numprocesses 2 --dist loadfile
+	.venv/bin/python -m pytest tests/real
+endif
 
 lint: .venv/.dev
 	.venv/bin/ruff format --check .
