@@ -1,11 +1,10 @@
 """Run as a program: the engine with each number of slots, on mixed batches; prints the replies.
 
 `python -m tests.real.every_max_loras PROCESS BASE ADAPTER…`: adapters are PEFT folders. For each
-number of slots from 1 to 16, of which each process takes a part and runs on a core of its own: one
-batch with a base row, one row for each of as many adapters as there are
-slots and one more (so that slots are used again), short and long prompts that are cut into chunks,
-in shuffled order; then the same once more, out of the prefix cache. The engine runs in this
-process: starting a server for each would take minutes.
+number of slots from 1 to 16, of which each process takes its part, one batch with a base row, one
+row for each of as many adapters as there are slots and one more (so that slots are used again),
+short and long prompts that are cut into chunks, in shuffled order; then the same once more, out of
+the prefix cache. The engine runs in this process: starting a server for each would take minutes.
 """
 
 import json
@@ -24,8 +23,6 @@ CHUNK = 48  # tokens a step computes at most: longer prompts are cut
 
 
 def main(process: int, base: str, adapters: list[str]) -> None:
-    cores = sorted(os.sched_getaffinity(0))
-    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(cores[process % len(cores)])
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; each engine zeroes all of it
     print(f"op: {op.form()}")
