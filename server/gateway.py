@@ -48,8 +48,8 @@ SAVE_AGAIN = "Save the adapter again; if it {} elsewhere, report this as a fault
 IDLE_S = 1.0  # without work, until what the engine has is compared with what it should have
 WATCH_S = 0.2  # between two looks at whether the engine has ended
 ASKED = 4  # times that a busy engine is asked for a sign in the time that it may be silent
-# Between two looks at the tokens of those that run, while somebody waits. A look takes the core of a
-# thread that computes, for which all others wait then; about what comes streamed we are told anyway.
+# Between two looks at the tokens of those that run, while somebody waits. A look takes the core of
+# a thread that computes, and the others wait for it; what is streamed we are told of anyway.
 TICK_S = 0.05
 
 
