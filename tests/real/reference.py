@@ -1,8 +1,10 @@
 """What an adapter should say: the base and PEFT, in fp32, one prompt at a time."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -15,6 +17,12 @@ class Reply:
 
     tokens: tuple[int, ...]
     logprobs: tuple[tuple[tuple[int, float], ...], ...]
+
+    @classmethod
+    def read(cls, said: Mapping[str, Any]) -> "Reply":
+        """One that a program wrote as JSON: `tokens` and `logprobs`."""
+        logprobs = (tuple((token, logprob) for token, logprob in each) for each in said["logprobs"])
+        return cls(tuple(said["tokens"]), tuple(logprobs))
 
 
 class Reference:

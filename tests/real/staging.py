@@ -133,8 +133,8 @@ if __name__ == "__main__":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; each engine zeroes all of it
     out, base, count, broken, *adapters = sys.argv[1:]
-    cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
     if int(count) > 1:  # workers may share a core, which vLLM does not choose by itself
+        cores = itertools.cycle(sorted(os.sched_getaffinity(0)))
         bound = [str(core) for core in itertools.islice(cores, int(count))]
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = "|".join(bound)
     lifeline.hold()

@@ -57,8 +57,7 @@ def test_staged_in_any_order_every_adapter_is_exact(
     reference = Reference(base_folder, {str(i): folder for i, folder in enumerate(folders, 1)})
     assert len(said["replies"]) == len(folders) + 1
     for name, answer in said["replies"].items():
-        logprobs = tuple(tuple((t, p) for t, p in each) for each in answer["logprobs"])
-        reply = Reply(tuple(answer["tokens"]), logprobs)
+        reply = Reply.read(answer)
         found = gap(reply, reference.logprobs(name, PROMPT, reply.tokens))
         assert found < 1, (name, found)
 

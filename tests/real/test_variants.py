@@ -186,14 +186,7 @@ def run(base: Path, tokenizer: Path, folders: Mapping[str, Path], at: Path) -> l
     *_, form, answers = done.stdout.splitlines()
     assert form.startswith(("op: avx", "op: generic")), form
     return [
-        Row(
-            name,
-            prompt,
-            Reply(
-                tuple(told["tokens"]),
-                tuple(tuple((t, p) for t, p in each) for each in told["logprobs"]),
-            ),
-        )
+        Row(name, prompt, Reply.read(told))
         for (name, prompt), told in zip(rows, json.loads(answers), strict=True)
     ]
 

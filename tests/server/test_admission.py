@@ -342,8 +342,9 @@ def test_nobody_starves_in_a_flood(seed: int) -> None:
     own = world.admission.counter(victim.adapter)
     behind = [max(0.0, own - world.admission.counter(name)) for name, _ in hot]
     before = sum(1 + service / (PROMPT + OUTPUT) for service in behind)
+    longest = longest_wait(limits, before, most, load_steps)
     while sent.admitted is None:
-        assert world.step - came <= longest_wait(limits, before, most, load_steps)
+        assert world.step - came <= longest
         keep_flooding()
         world.tick()
 
