@@ -98,6 +98,11 @@ class AdapterNotFound(AdapterError):
     code = "adapter_not_found"
 
 
+def no_adapter(name: str, param: str | None = None) -> AdapterNotFound:
+    """The same words whether there is none, or one that the caller is not to know of."""
+    return AdapterNotFound(f"There is no adapter {name}. Check the name, or upload it.", param)
+
+
 class VersionNotFound(AdapterError):
     """The adapter has no such version, or not one that is ready."""
 
@@ -139,6 +144,12 @@ class TooLarge(AdapterError):
     """More bytes or entries than the limit allows."""
 
     code = "too_large"
+
+
+class QuotaExceeded(AdapterError):
+    """More bytes than an API key may store."""
+
+    code = "insufficient_quota"
 
 
 class VersionQuarantined(AdapterError):

@@ -28,7 +28,7 @@ from adapters.errors import (
 from adapters.folder import PICKLE, WEIGHTS, disk, wanted
 from adapters.names import check_alias, check_name
 from adapters.peft import AdapterSpec
-from adapters.registry import Facts, Registry, Version
+from adapters.registry import Facts, Owner, Registry, Version
 from adapters.spectrum import spectra
 from adapters.validate import Report
 
@@ -131,19 +131,20 @@ class Ingest:
         source: str,
         alias: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        owner: Owner | None = None,
     ) -> tuple[Version, bool]:
         """Makes the adapter in a staging folder a version of `name`; False if it was one before.
 
-        `alias` is then made to point to it; `metadata`, if given, replaces the adapter's. When
-        this returns, bytes and record are synced to disk. When it raises (InvalidName,
-        ReservedName, InvalidAdapter, StoreError, RegistryError, or what `prove` raises), nothing
-        of it is stored.
+        `alias` is then made to point to it; `metadata`, if given, replaces the adapter's; what is
+        new is `owner`'s. When this returns, bytes and record are synced to disk. When it raises
+        (InvalidName, ReservedName, InvalidAdapter, QuotaExceeded, StoreError, RegistryError, or
+        what `prove` raises), nothing of it is stored.
         """
         made = self.prepare(folder, name, alias)
         effect = self.known_effect(made.digest)
         if effect is None and self._prove is not None:
             effect = self._prove(made.digest, made.form)
-        return self.commit(made, effect, name, source, alias, metadata)
+        return self.commit(made, effect, name, source, alias, metadata, owner)
 
     def prepare(self, folder: Path, name: str, alias: str | None = None) -> Prepared:
         """The first part of `ingest`: all that needs no engine. Raises what it raises."""
@@ -168,6 +169,7 @@ class Ingest:
         source: str,
         alias: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        owner: Owner | None = None,
     ) -> tuple[Version, bool]:
         """The last part of `ingest`: judges the effect, seals and registers."""
         checks = self._checks(made.seen, effect)
@@ -177,7 +179,7 @@ class Ingest:
             ours = not self._store.has(made.digest)
             self._seal(made)
             try:
-                return self._registry.add_version(name, made.digest, facts, alias, metadata)
+                return self._registry.add_version(name, made.digest, facts, alias, metadata, owner)
             except Exception:
                 if ours:
                     # If even this fails, the next start collects.

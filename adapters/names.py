@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 
 from adapters.errors import InvalidName, InvalidReference, ReservedName, clean
 
 LATEST = "latest"
+ANY = "*"  # the pattern that every name matches
 
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,127}")
 # Nine digits fit every database's integer column.
+_PATTERN = re.compile(r"[a-z0-9._*-]{1,128}")
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")
 _DIGEST = re.compile(r"sha256:[0-9a-f]{64}")
 _RULE = "lower-case letters, digits, '.', '_' and '-', beginning with a letter or digit, no '..'"
@@ -44,6 +48,22 @@ def check_alias(alias: str) -> str:
             param="alias",
         )
     return alias
+
+
+def check_pattern(pattern: str) -> str:
+    """`pattern` itself if it can mean names of adapters; raises InvalidName."""
+    if _PATTERN.fullmatch(pattern) is None:
+        raise InvalidName(
+            f"{clean(pattern, 140)!r} cannot mean names of adapters. Use what names are made of, "
+            "and * for any text: team-a.*",
+            param="adapters",
+        )
+    return pattern
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether `name` matches one of `patterns`, in which `*` stands for any text or none."""
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 @dataclass(frozen=True, slots=True)

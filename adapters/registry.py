@@ -2,81 +2,56 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from datetime import UTC, datetime
 from types import EllipsisType
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import sqlalchemy as sa
-from sqlalchemy.exc import IntegrityError, SQLAlchemyError
 
+from adapters.database import Database, Id, Moment, tables
 from adapters.errors import (
-    AdapterNotFound,
     AliasConflict,
     AliasInUse,
     AliasNotFound,
-    RegistryError,
+    QuotaExceeded,
     VersionNotFound,
     VersionQuarantined,
+    no_adapter,
 )
-from adapters.names import LATEST, Reference, check_alias, check_name
+from adapters.names import ANY, LATEST, Reference, check_alias, check_name
 
 READY = "ready"
 QUARANTINED = "quarantined"
 DELETED = "deleted"
 
-_LOCK_WAIT_S = 30
-# How often a write is tried when another process's write got in between (not on SQLite, where
-# writes queue).
-_TRIES = 5
-
-T = TypeVar("T")
 Digests: TypeAlias = list[str]
 
 
 # Tables ------------------------------------------------------------------------------------
 
-
-class _Moment(sa.TypeDecorator[datetime]):
-    """Aware UTC datetimes, also on databases that keep no time zone."""
-
-    impl = sa.DateTime
-    cache_ok = True
-
-    def process_bind_param(self, value: datetime | None, dialect: sa.Dialect) -> datetime | None:
-        return None if value is None else value.astimezone(UTC).replace(tzinfo=None)
-
-    def process_result_value(self, value: Any | None, dialect: sa.Dialect) -> datetime | None:
-        return None if value is None else value.replace(tzinfo=UTC)
-
-
-# SQLite numbers rows by itself only in a column declared INTEGER.
-_Id = sa.BigInteger().with_variant(sa.Integer, "sqlite")
-_tables = sa.MetaData()
-
 # Neither adapters nor versions are ever removed: a name that comes back goes on counting, and
 # no id is given twice.
 _adapters = sa.Table(
     "adapters",
-    _tables,
-    sa.Column("id", _Id, primary_key=True),
+    tables,
+    sa.Column("id", Id, primary_key=True),
     sa.Column("name", sa.String(128), nullable=False, unique=True),
     sa.Column("deleted", sa.Boolean, nullable=False),
-    sa.Column("created", _Moment, nullable=False),
+    sa.Column("created", Moment, nullable=False),
     sa.Column("metadata", sa.JSON, nullable=False),
     sqlite_autoincrement=True,
 )
 _versions = sa.Table(
     "versions",
-    _tables,
-    sa.Column("id", _Id, primary_key=True),
+    tables,
+    sa.Column("id", Id, primary_key=True),
     sa.Column("adapter_id", sa.ForeignKey("adapters.id"), nullable=False),
     sa.Column("number", sa.Integer, nullable=False),
     sa.Column("digest", sa.String(71), nullable=False, index=True),
     sa.Column("state", sa.String(16), nullable=False),
-    sa.Column("created", _Moment, nullable=False),
+    sa.Column("created", Moment, nullable=False),
     sa.Column("rank", sa.Integer, nullable=False),
     sa.Column("alpha", sa.Double, nullable=False),
     sa.Column("rslora", sa.Boolean, nullable=False),
@@ -91,12 +66,13 @@ _versions = sa.Table(
     sa.Column("reason", sa.Text),
     sa.Column("pinned", sa.Boolean),
     sa.Column("lasting", sa.Boolean),
+    sa.Column("owner", sa.String(16), index=True),
     sa.UniqueConstraint("adapter_id", "number"),
     sqlite_autoincrement=True,
 )
 _aliases = sa.Table(
     "aliases",
-    _tables,
+    tables,
     sa.Column("adapter_id", sa.ForeignKey("adapters.id"), primary_key=True),
     sa.Column("alias", sa.String(128), primary_key=True),
     sa.Column("number", sa.Integer, nullable=False),
@@ -109,6 +85,15 @@ _BRIEF = tuple(c for c in _versions.c if c not in {*_DETAILS})
 
 
 # Records -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Who brings a version: the id of an API key, and the bytes that all of its versions may have
+    together (None: any number)."""
+
+    key: str
+    max_bytes: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +120,8 @@ class Version:
     `id` is unique among all versions of all adapters for ever, `number` among the adapter's.
     `bytes` is the weights file's size, `parameters` what A and B have in numbers, `source` where
     the files came from. `reason` says why a version is quarantined. `pinned`: it is to be kept
-    loaded. `checks` and `algebra` are None where many versions are read at once.
+    loaded. `owner` is the id of the API key that brought it, None if there was none. `checks` and
+    `algebra` are None where many versions are read at once.
     """
 
     id: int
@@ -155,6 +141,7 @@ class Version:
     source: str
     reason: str | None = None
     pinned: bool = False
+    owner: str | None = None
     checks: Mapping[str, Any] | None = None
     algebra: Mapping[str, Any] | None = None
 
@@ -186,25 +173,31 @@ class Page:
     next: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class Summary:
+    """How much there is: adapters, versions by state, and bytes of weights, equal ones once."""
+
+    adapters: int = 0
+    versions: Mapping[str, int] = field(default_factory=dict)
+    bytes: int = 0
+
+
 # Registry ----------------------------------------------------------------------------------
 
 
 class Registry:
-    """The records at a SQLAlchemy URL, made if they are not there. Safe for threads.
+    """The records in a database. Safe for threads.
 
     A write that returned is synced to disk. Every call raises RegistryError if the database
     fails.
     """
 
-    def __init__(self, url: str) -> None:
-        with _database():
-            self._engine = _engine(url)
-            _tables.create_all(self._engine)
-            _add_columns(self._engine)
+    def __init__(self, database: Database) -> None:
+        self._db = database
 
     def close(self) -> None:
-        """Closes the connections."""
-        self._engine.dispose()
+        """Closes the database."""
+        self._db.close()
 
     def add_version(
         self,
@@ -213,12 +206,13 @@ class Registry:
         facts: Facts,
         alias: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        owner: Owner | None = None,
     ) -> tuple[Version, bool]:
         """Makes `digest` a ready version of `name`; False if it was one already.
 
         A quarantined version of it is ready again. `alias` is then made to point to it, wherever
-        it pointed before; `metadata`, if given, replaces the adapter's. All of it happens or
-        nothing. Raises InvalidName, ReservedName.
+        it pointed before; `metadata`, if given, replaces the adapter's. A new version is `owner`'s.
+        All of it happens or nothing. Raises InvalidName, ReservedName, QuotaExceeded.
         """
         check_name(name)
         if alias is not None:
@@ -229,7 +223,9 @@ class Registry:
             found = _first(db, adapter_id, _versions.c.digest == digest)
             number = found.number if found else _next_number(db, adapter_id)
             if found is None:
-                _insert_version(db, adapter_id, number, digest, facts)
+                if owner is not None:
+                    _hold_to_quota(db, owner, facts.bytes)
+                _insert_version(db, adapter_id, number, digest, facts, owner)
             else:
                 _heal(db, digest)
             if alias is not None:
@@ -238,14 +234,14 @@ class Registry:
             assert version is not None  # noqa: S101 - written a line ago in this transaction
             return _version(name, version), found is None
 
-        return self._write(write)
+        return self._db.write(write)
 
     def get(self, name: str) -> Adapter:
         """The adapter; the version that `latest` means has checks and algebra.
 
         Raises AdapterNotFound.
         """
-        with self._read() as db:
+        with self._db.read() as db:
             adapter = _assemble(db, [_adapter(db, name)])[0]
             if LATEST not in adapter.aliases:
                 return adapter
@@ -255,30 +251,44 @@ class Registry:
 
     def knows(self, name: str) -> bool:
         """Whether an adapter has this name, or had it once and was deleted."""
-        with self._read() as db:
+        with self._db.read() as db:
             found = db.execute(sa.select(_adapters.c.id).where(_adapters.c.name == name))
             return found.first() is not None
 
-    def list(self, after: str | None = None, limit: int = 50, prefix: str | None = None) -> Page:
-        """Up to `limit` adapters in name order whose names begin with `prefix`."""
-        query = sa.select(_adapters).where(~_adapters.c.deleted).order_by(_adapters.c.name)
+    def list(
+        self,
+        after: str | None = None,
+        limit: int = 50,
+        prefix: str | None = None,
+        patterns: Sequence[str] = (ANY,),
+    ) -> Page:
+        """Up to `limit` adapters in name order whose names begin with `prefix`.
+
+        `patterns` are those of which a name must match one, as in `names.matches`.
+        """
+        query = sa.select(_adapters).where(~_adapters.c.deleted, _match(patterns))
+        query = query.order_by(_adapters.c.name)
         if after is not None:
             query = query.where(_adapters.c.name > after)
         if prefix:
-            query = query.where(self._begins(_adapters.c.name, prefix))
-        with self._read() as db:
+            query = query.where(self._db.begins(_adapters.c.name, prefix))
+        with self._db.read() as db:
             rows = db.execute(query.limit(limit + 1)).all()
             data = _assemble(db, rows[:limit])
         return Page(tuple(data), data[-1].name if data and len(rows) > limit else None)
 
-    def names(self) -> Iterable[tuple[str, datetime]]:
-        """Name and time of creation of every adapter with a ready version, in name order."""
+    def names(self, patterns: Sequence[str] = (ANY,)) -> Iterable[tuple[str, datetime]]:
+        """Name and time of creation of every adapter with a ready version, in name order.
+
+        `patterns` are those of which a name must match one, as in `names.matches`.
+        """
         ready = sa.exists().where(
             _versions.c.adapter_id == _adapters.c.id, _versions.c.state == READY
         )
         columns = sa.select(_adapters.c.name, _adapters.c.created)
-        query = columns.where(~_adapters.c.deleted, ready).order_by(_adapters.c.name)
-        with self._read() as db:
+        query = columns.where(~_adapters.c.deleted, ready, _match(patterns))
+        query = query.order_by(_adapters.c.name)
+        with self._db.read() as db:
             return [(row.name, row.created) for row in db.execute(query)]
 
     def from_source(self, prefix: str) -> Iterable[Version]:
@@ -286,9 +296,9 @@ class Registry:
         query = (
             sa.select(_adapters.c.name.label("adapter"), *_BRIEF)
             .join_from(_versions, _adapters)
-            .where(_versions.c.state != DELETED, self._begins(_versions.c.source, prefix))
+            .where(_versions.c.state != DELETED, self._db.begins(_versions.c.source, prefix))
         )
-        with self._read() as db:
+        with self._db.read() as db:
             return [_version(row.adapter, row) for row in db.execute(query)]
 
     def resolve(self, reference: str | Reference) -> Version:
@@ -311,7 +321,7 @@ class Registry:
             if _first(db, adapter_id, sa.true()) is None:
                 _forget(db, adapter_id)
 
-        self._write(write)
+        self._db.write(write)
 
     def delete_adapter(self, name: str) -> Digests:
         """Deletes the adapter, its versions and aliases. Raises AdapterNotFound.
@@ -329,7 +339,7 @@ class Registry:
             _forget(db, adapter_id)
             return _unreferenced(db, digests)
 
-        return self._write(write)
+        return self._db.write(write)
 
     def delete_version(self, name: str, number: int) -> Digests:
         """Deletes one version; returns its digest if no version of any adapter has it any more.
@@ -352,7 +362,7 @@ class Registry:
             db.execute(doomed.values(state=DELETED))
             return _unreferenced(db, [version.digest])
 
-        return self._write(write)
+        return self._db.write(write)
 
     def set_alias(
         self, name: str, alias: str, number: int, expected: int | EllipsisType | None = ...
@@ -371,7 +381,7 @@ class Registry:
             _expect(_pointed(db, adapter_id, alias), expected, name, alias)
             _point(db, adapter_id, alias, number)
 
-        self._write(write)
+        self._db.write(write)
 
     def delete_alias(
         self, name: str, alias: str, expected: int | EllipsisType | None = ...
@@ -390,7 +400,7 @@ class Registry:
             _expect(pointed, expected, name, alias)
             db.execute(_aliases.delete().where(_is_alias(adapter_id, alias)))
 
-        self._write(write)
+        self._db.write(write)
 
     def quarantine(self, digest: str, reason: str, lasting: bool = False) -> None:
         """From now on the versions with `digest` are not served, for `reason`: a sentence.
@@ -399,17 +409,17 @@ class Registry:
         """
         ready = (_versions.c.digest == digest) & (_versions.c.state == READY)
         values = {"state": QUARANTINED, "reason": reason, "lasting": lasting}
-        self._write(lambda db: db.execute(_versions.update().where(ready).values(values)))
+        self._db.write(lambda db: db.execute(_versions.update().where(ready).values(values)))
 
     def heal(self, digest: str) -> bool:
         """Serves the versions with `digest` again that were quarantined for damage, if any."""
         for_damage = _versions.c.lasting.is_not(True)
-        return self._write(lambda db: _heal(db, digest, for_damage).rowcount > 0)
+        return self._db.write(lambda db: _heal(db, digest, for_damage).rowcount > 0)
 
     def pin(self, version: Version, pinned: bool) -> None:
         """Notes that a version is to be kept loaded, or not any more."""
         it = _versions.update().where(_versions.c.id == version.id).values(pinned=pinned)
-        self._write(lambda db: db.execute(it))
+        self._db.write(lambda db: db.execute(it))
 
     def pinned(self) -> Sequence[Version]:
         """The ready versions that are to be kept loaded, those first that came first."""
@@ -419,7 +429,7 @@ class Registry:
             .where(_versions.c.pinned.is_(True), _versions.c.state == READY)
             .order_by(_versions.c.id)
         )
-        with self._read() as db:
+        with self._db.read() as db:
             return [_version(row.adapter, row) for row in db.execute(query)]
 
     def references_to(self, digest: str) -> Iterable[str]:
@@ -429,102 +439,80 @@ class Registry:
             .join_from(_versions, _adapters)
             .where(_versions.c.digest == digest, _versions.c.state != DELETED)
         )
-        with self._read() as db:
+        with self._db.read() as db:
             return [f"{row.name}@{row.number}" for row in db.execute(query)]
+
+    def names_of(self, digests: Iterable[str]) -> Mapping[str, Sequence[str]]:
+        """The adapters that have a version with each of `digests` that is not deleted."""
+        query = (
+            sa.select(_versions.c.digest, _adapters.c.name)
+            .join_from(_versions, _adapters)
+            .where(_versions.c.digest.in_(digests), _versions.c.state != DELETED)
+            .distinct()
+        )
+        names: dict[str, Any] = {}
+        with self._db.read() as db:
+            for digest, name in db.execute(query):
+                names.setdefault(digest, []).append(name)
+        return names
+
+    def alive(self, names: Iterable[str]) -> set[str]:
+        """Those of `names` that are adapters."""
+        query = sa.select(_adapters.c.name).where(_adapters.c.name.in_(names), ~_adapters.c.deleted)
+        with self._db.read() as db:
+            return set(db.scalars(query))
+
+    def summary(self) -> Summary:
+        """How much there is."""
+        adapters = sa.select(sa.func.count()).where(~_adapters.c.deleted)
+        states = sa.select(_versions.c.state, sa.func.count()).group_by(_versions.c.state)
+        kept = _versions.c.state != DELETED
+        once = sa.select(sa.func.max(_versions.c.bytes).label("bytes")).where(kept)
+        each = once.group_by(_versions.c.digest).subquery()
+        with self._db.read() as db:
+            return Summary(
+                db.scalar(adapters) or 0,
+                {state: count for state, count in db.execute(states.where(kept))},
+                int(db.scalar(sa.select(sa.func.sum(each.c.bytes))) or 0),
+            )
 
     def proven(self, digest: str) -> Mapping[str, Any] | None:
         """The checks of a ready version with `digest`, whatever adapter it is of; None if none."""
         query = sa.select(_versions.c.checks).where(
             _versions.c.digest == digest, _versions.c.state == READY
         )
-        with self._read() as db:
+        with self._db.read() as db:
             return db.scalar(query.limit(1))
+
+    def stored_bytes(self, key: str) -> int:
+        """Bytes of the versions that the API key with this id brought, but for deleted ones."""
+        with self._db.read() as db:
+            return _stored_bytes(db, key)
 
     def digests(self, state: str | None = None) -> set[str]:
         """The digests that versions need: all but those of deleted ones, or those in `state`."""
         wanted = _versions.c.state != DELETED if state is None else _versions.c.state == state
-        with self._read() as db:
+        with self._db.read() as db:
             return set(db.scalars(sa.select(_versions.c.digest).where(wanted).distinct()))
-
-    def _begins(self, column: sa.Column[str], prefix: str) -> sa.ColumnElement[bool]:
-        begins = column.startswith(prefix, autoescape=True)
-        if self._engine.name != "sqlite":
-            return begins
-        # Its LIKE uses no index, but a range does. No character comes behind the last one.
-        return begins & column.between(prefix, prefix + chr(0x10FFFF))
 
     def _resolve(self, reference: str | Reference, columns: tuple[sa.Column[Any], ...]) -> Version:
         asked = Reference.parse(reference) if isinstance(reference, str) else reference
-        with self._read() as db:
+        with self._db.read() as db:
             row = db.execute(_resolution(asked, columns)).first()
             if row is not None:
                 return _version(asked.name, row)
             raise _why_not(db, asked)
 
-    @contextmanager
-    def _read(self) -> Iterator[sa.Connection]:
-        with _database(), self._engine.connect() as db:
-            yield db
-
-    def _write(self, work: Callable[[sa.Connection], T]) -> T:
-        for left in reversed(range(_TRIES)):
-            try:
-                with (
-                    _database(),
-                    self._engine.connect().execution_options(writes=True) as db,
-                    db.begin(),
-                ):
-                    return work(db)
-            except RegistryError as error:
-                if not left or not isinstance(error.__cause__, IntegrityError):
-                    raise
-        raise AssertionError("unreachable")
-
-
-def _engine(url: str) -> sa.Engine:
-    if sa.make_url(url).get_backend_name() != "sqlite":
-        return sa.create_engine(url, pool_pre_ping=True)
-    engine = sa.create_engine(url, connect_args={"timeout": _LOCK_WAIT_S})
-    sa.event.listen(engine, "connect", _prepare_sqlite)
-    sa.event.listen(engine, "begin", _begin_sqlite)
-    return engine
-
-
-def _prepare_sqlite(connection: Any, _record: Any) -> None:
-    # Python's driver would begin transactions on its own, and too late; _begin_sqlite does it.
-    connection.isolation_level = None
-    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _begin_sqlite(db: sa.Connection) -> None:
-    # A write that begins as a read fails, instead of waiting, when another got in between.
-    writes = db.get_execution_options().get("writes")
-    db.exec_driver_sql("BEGIN IMMEDIATE" if writes else "BEGIN")
-
-
-def _add_columns(engine: sa.Engine) -> None:
-    """Brings the tables of an earlier version up to this one, which only adds columns."""
-    for table in _tables.tables.values():
-        there = {column["name"] for column in sa.inspect(engine).get_columns(table.name)}
-        for column in table.columns:
-            if column.name not in there:
-                added = sa.schema.CreateColumn(column).compile(dialect=engine.dialect)
-                with engine.begin() as db:
-                    db.exec_driver_sql(f"ALTER TABLE {table.name} ADD COLUMN {added}")
-
-
-@contextmanager
-def _database() -> Iterator[None]:
-    try:
-        yield
-    except SQLAlchemyError as error:
-        raise RegistryError(
-            f"The registry's database failed: {error}. Check that it can be reached and written."
-        ) from error
-
 
 # Queries -----------------------------------------------------------------------------------
+
+
+def _match(patterns: Sequence[str]) -> sa.ColumnElement[bool]:
+    """That an adapter's name matches one of `patterns`."""
+    if ANY in patterns:
+        return sa.true()
+    likes = (each.replace("_", r"\_").replace("*", "%") for each in patterns)
+    return sa.or_(sa.false(), *(_adapters.c.name.like(each, escape="\\") for each in likes))
 
 
 def _adapter(db: sa.Connection, name: str) -> sa.Row[Any]:
@@ -533,7 +521,7 @@ def _adapter(db: sa.Connection, name: str) -> sa.Row[Any]:
     lock = db.get_execution_options().get("writes", False)
     row = db.execute(query.with_for_update() if lock else query).first()
     if row is None:
-        raise AdapterNotFound(f"There is no adapter {name}. Check the name, or upload it.")
+        raise no_adapter(name)
     return row
 
 
@@ -562,8 +550,27 @@ def _next_number(db: sa.Connection, adapter_id: int) -> int:
     return (db.scalar(highest.where(_versions.c.adapter_id == adapter_id)) or 0) + 1
 
 
+def _stored_bytes(db: sa.Connection, key: str) -> int:
+    kept = (_versions.c.owner == key) & (_versions.c.state != DELETED)
+    return int(db.scalar(sa.select(sa.func.sum(_versions.c.bytes)).where(kept)) or 0)
+
+
+def _hold_to_quota(db: sa.Connection, owner: Owner, more: int) -> None:
+    if owner.max_bytes is None or _stored_bytes(db, owner.key) + more <= owner.max_bytes:
+        return
+    raise QuotaExceeded(
+        f"This API key may store {owner.max_bytes} bytes; it has {_stored_bytes(db, owner.key)}, "
+        f"and this version has {more}. Delete versions that are no longer used."
+    )
+
+
 def _insert_version(
-    db: sa.Connection, adapter_id: int, number: int, digest: str, facts: Facts
+    db: sa.Connection,
+    adapter_id: int,
+    number: int,
+    digest: str,
+    facts: Facts,
+    owner: Owner | None,
 ) -> None:
     row = asdict(facts) | {
         "adapter_id": adapter_id,
@@ -571,6 +578,7 @@ def _insert_version(
         "digest": digest,
         "state": READY,
         "created": datetime.now(UTC),
+        "owner": owner.key if owner else None,
     }
     db.execute(_versions.insert().values(row))
 

@@ -29,6 +29,7 @@ import typer
 from rich.console import Console
 
 from adapters.base import BaseSpec
+from adapters.database import Database
 from adapters.registry import Registry
 from adapters.store import Store
 from benchmarks import adapters, load, machine, neighbours_report, scale
@@ -354,7 +355,7 @@ def _paused(server: Server, late: Mapping[str, Path]) -> Iterator[Server]:
 def _sealed(filled: Path) -> dict[str, Path]:
     """Where the store of a filled folder has each adapter, as it was taken in."""
     store = Store(filled / "home" / "store")
-    registry = Registry(f"sqlite:///{filled / 'home' / 'registry.db'}")
+    registry = Registry(Database.of(filled / "home"))
     try:
         names = [name for name, _ in registry.names()]
         return {name: store.path(registry.resolve(name).digest) for name in names}

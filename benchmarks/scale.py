@@ -34,6 +34,7 @@ from safetensors.numpy import save_file
 from threadpoolctl import threadpool_limits
 
 from adapters.base import BaseSpec
+from adapters.database import Database
 from adapters.ingest import Ingest, Rules
 from adapters.registry import Registry
 from adapters.store import Store
@@ -225,7 +226,7 @@ def fill(
 
 def _ingest(home: Path, count: int, base: Path, write: Write, dtype: str) -> Iterator[float]:
     """Takes adapters in; yields the time, in seconds, before the first and after each."""
-    store, registry = Store(home / "store"), Registry(f"sqlite:///{home / 'registry.db'}")
+    store, registry = Store(home / "store"), Registry(Database.of(home))
     rules = Rules(max_rank=64, dtype=dtype)
     ingest = Ingest(store, registry, BaseSpec.read(base, DEFAULT_MODEL), rules)
 
@@ -359,7 +360,7 @@ def probe(home: Path, base: Path) -> Figures:
 
 def _open(home: Path) -> None:
     Store(home / "store").sweep()
-    Registry(f"sqlite:///{home / 'registry.db'}").close()
+    Registry(Database.of(home)).close()
 
 
 def verify(folder: Path) -> Figures:
@@ -416,7 +417,7 @@ class Server(targets.Server):
 
     @property
     def _main(self) -> psutil.Process:
-        return self._tree()[0]
+        return self.processes()[0]
 
 
 def start(server: Server, count: int, seed: int) -> Figures:

@@ -106,7 +106,7 @@ class Server:
     def memory_gib(self) -> float:
         """Memory that its processes have for themselves, shared pages counted once each."""
         total = 0
-        for process in self._tree():
+        for process in self.processes():
             try:
                 total += process.memory_full_info().pss
             except psutil.Error:
@@ -117,7 +117,7 @@ class Server:
         """Ends it and everything that it has started, paused or not."""
         if self._process is None:
             return
-        tree = self._tree()  # before: children of an ended parent are nobody's
+        tree = self.processes()  # before: children of an ended parent are nobody's
         self._signal(signal.SIGTERM, tree[:1])
         self._signal(signal.SIGCONT, tree)
         self._signal(signal.SIGKILL, _alive_after(STOP_S, tree))
@@ -125,7 +125,8 @@ class Server:
         self._process.wait()
         self._process = None
 
-    def _tree(self) -> list[psutil.Process]:
+    def processes(self) -> list[psutil.Process]:
+        """Those of it that run, the one that was started first."""
         if self._process is None:
             return []
         try:
@@ -135,7 +136,7 @@ class Server:
             return []
 
     def _signal(self, what: signal.Signals, tree: list[psutil.Process] | None = None) -> None:
-        for process in self._tree() if tree is None else tree:
+        for process in self.processes() if tree is None else tree:
             try:
                 process.send_signal(what)
             except psutil.NoSuchProcess:

@@ -132,7 +132,9 @@ class _Shares:
         self._counters: dict[str, float] = {}
         self._level = 0.0  # of the last one that waited, when nobody does
         self._virtual = 0.0  # time: what all would have been served, had each its share always
-        self._weight = 0.0  # of all that wait or run
+        # Of those that wait or run, as they were when they began to: they may be changed.
+        self._active: dict[str, float] = {}
+        self._weight = 0.0  # of all these
         self._least = _Least(self.__getitem__)
         self.waiting: Counter[str] = Counter()
         self.running: Counter[str] = Counter()
@@ -169,7 +171,7 @@ class _Shares:
 
     def charge(self, name: str, service: float) -> None:
         """`name`, of which one runs, was served so much."""
-        self._counters[name] += service / self._weight_of(name)
+        self._counters[name] += service / self._active[name]
         self._virtual += service / self._weight
 
     def floor(self) -> float:
@@ -183,20 +185,18 @@ class _Shares:
         greatest = max(counters, default=0.0)
         return max(self.floor(), min(self._virtual, greatest))
 
-    def _weight_of(self, name: str) -> float:
-        return self._weights.get(name, 1.0)
-
     def _add(self, to: Counter[str], name: str) -> None:
-        if name not in self.waiting and name not in self.running:
-            self._weight += self._weight_of(name)
+        if name not in self._active:
+            self._active[name] = self._weights.get(name, 1.0)
+            self._weight += self._active[name]
         to[name] += 1
 
     def _remove(self, of: Counter[str], name: str) -> None:
         _decrease(of, name)
-        if not self.waiting and not self.running:
-            self._weight = 0.0
-        elif name not in self.waiting and name not in self.running:
-            self._weight -= self._weight_of(name)
+        if name not in self.waiting and name not in self.running:
+            weight = self._active.pop(name)
+            # From anew where it can be: sums of fractions drift.
+            self._weight = self._weight - weight if self._active else 0.0
 
     def _forget(self) -> None:
         # At or below the floor a counter says no more than one that is not there, unless it will be
@@ -246,7 +246,7 @@ class Admission:
     ) -> None:
         self.limits = limits
         self._standing = standing
-        self._key_weights = key_weights or {}
+        self._key_weights = {} if key_weights is None else key_weights
         self._adapters = _Shares(weights or {})
         self._keys: dict[str, _Shares] = {}  # by adapter, the last to be joined last
         self._numbers = itertools.count()

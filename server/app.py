@@ -1,6 +1,7 @@
 """The composition root: builds the parts of a server and puts the HTTP app together."""
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -8,6 +9,7 @@ from pathlib import Path
 from fastapi import FastAPI
 
 from adapters.base import BaseSpec
+from adapters.database import Database
 from adapters.demo import WEIGHTS
 from adapters.errors import AdapterError
 from adapters.ingest import Ingest, Rules
@@ -18,9 +20,28 @@ from server.config import DEFAULT_MODEL, Settings
 from server.engine import launch
 from server.gateway import Proving
 from server.imports import Imports
-from server.routes import Serving, adapters, failure, models, openai, ops, vllm
+from server.keys import Keys
+from server.routes import (
+    Serving,
+    adapters,
+    failure,
+    keys,
+    models,
+    openai,
+    openapi,
+    ops,
+    usage,
+    vllm,
+)
+from server.routes.access import Guard
+from server.routes.journal import Journal
 from server.supervisor import Say, Start, Supervisor
+from server.usage import FLUSH_S, Usage
 from server.watch import Watch
+
+FAREWELL_S = 3.0  # that requests have to tell their clients that they were ended
+POLL_S = 0.05
+PARTS = (openai, models, adapters, vllm, keys, usage, ops)
 
 
 def build(settings: Settings, folder: Path) -> Serving:
@@ -35,7 +56,8 @@ def build(settings: Settings, folder: Path) -> Serving:
     args = launch.parse(settings, folder, linears)
     store = Store(settings.home / "store")
     store.sweep()
-    registry = Registry(f"sqlite:///{settings.home / 'registry.db'}")
+    database = Database.of(settings.home)
+    registry = Registry(database)
     rules = Rules(
         settings.max_lora_rank,
         launch.dtype(args, folder),
@@ -54,7 +76,18 @@ def build(settings: Settings, folder: Path) -> Serving:
         timeout_s=settings.import_timeout,
         allow_pickle=settings.allow_pickle,
     )
-    return Serving(settings, args, base, store, registry, ingest, imports, proving)
+    return Serving(
+        settings,
+        args,
+        base,
+        store,
+        registry,
+        Keys(database, settings.admin_token),
+        Usage(database),
+        ingest,
+        imports,
+        proving,
+    )
 
 
 def create_app(
@@ -70,12 +103,15 @@ def create_app(
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         supervisor = Supervisor(serving, start, say)
         running = asyncio.create_task(_run(serving, supervisor, done, say))
+        books = asyncio.create_task(_keep_books(serving, say))
         yield
         running.cancel()
+        books.cancel()
         serving.proving.give_up()
         serving.imports.stop()
-        await asyncio.wait([running])
+        await asyncio.wait([running, books])
         await supervisor.stop()
+        await _write_books(serving, say)
         serving.registry.close()
 
     app = FastAPI(
@@ -85,9 +121,44 @@ def create_app(
     )
     app.state.serving = serving
     failure.install(app)
-    for routes in (openai, models, adapters, vllm, ops):
-        app.include_router(routes.router)
+    for part in PARTS:
+        app.include_router(part.router)
+    openapi.document(app)
+    app.add_middleware(Guard, serving=serving)
+    app.add_middleware(Journal, serving=serving)  # around the guard: what it refuses is noted too
     return app
+
+
+async def drain(serving: Serving) -> None:
+    """Takes no new work, and returns when what runs has ended; after the grace it is ended."""
+    serving.ending = True
+    if await _idle(serving, serving.settings.shutdown_grace):
+        return
+    serving.proving.give_up()
+    serving.imports.stop()
+    if serving.gateway is not None:
+        serving.gateway.close("This server is ending. Ask another, or again in a moment.")
+    await _idle(serving, FAREWELL_S)
+
+
+async def _idle(serving: Serving, within_s: float) -> bool:
+    deadline = time.monotonic() + within_s
+    while serving.under_way and time.monotonic() < deadline:  # noqa: ASYNC110 (a plain count)
+        await asyncio.sleep(POLL_S)
+    return not serving.under_way
+
+
+async def _keep_books(serving: Serving, say: Say) -> None:
+    while True:
+        await asyncio.sleep(FLUSH_S)
+        await _write_books(serving, say)
+
+
+async def _write_books(serving: Serving, say: Say) -> None:
+    try:
+        await asyncio.to_thread(serving.usage.flush)
+    except AdapterError as error:
+        say(f"what was used is not written yet: {error.message}")
 
 
 async def _run(

@@ -1,15 +1,16 @@
-"""The command line: `loraplex serve` and `loraplex adapters verify`."""
+"""The command line, and `loraplex serve`."""
 
+import asyncio
+import fcntl
 import logging
 import os
-import signal
 import socket
 import sys
 import time
-from collections.abc import Iterable
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from types import FrameType
+from typing import IO, Any
 
 from server import lifeline
 
@@ -17,19 +18,17 @@ from server import lifeline
 # heavy imports that follow must not outlive a server that was killed meanwhile.
 lifeline.follow()
 
-import rich.progress  # noqa: E402
 import typer  # noqa: E402
-from rich.console import Console  # noqa: E402
 
-from adapters.audit import audit  # noqa: E402
+from adapters.database import FILE, Database  # noqa: E402
 from adapters.errors import AdapterError  # noqa: E402
-from adapters.registry import Registry  # noqa: E402
-from adapters.store import Store  # noqa: E402
-from server.config import PREFIX, ConfigError, Settings  # noqa: E402
+from server import commands, logs  # noqa: E402
+from server.config import ConfigError, Settings, is_loopback  # noqa: E402
+from server.keys import Keys  # noqa: E402
+from server.logs import complain, say  # noqa: E402
 
 SHOWN = 10  # adapters named when the server is ready
 
-console = Console(stderr=True, highlight=False)
 cli = typer.Typer(
     help="One base model, any number of LoRA adapters, one server.",
     no_args_is_help=True,
@@ -38,8 +37,9 @@ cli = typer.Typer(
 )
 
 
-adapters = typer.Typer(help="Look after stored adapters.", no_args_is_help=True)
-cli.add_typer(adapters, name="adapters")
+cli.add_typer(commands.adapters, name="adapters")
+cli.add_typer(commands.keys, name="keys")
+cli.command()(commands.usage)
 
 
 @cli.command(
@@ -51,7 +51,7 @@ def serve(context: typer.Context) -> None:
     try:
         _serve(Settings.read(context.args))
     except (ConfigError, AdapterError, OSError) as error:
-        _complain(str(error))
+        complain(str(error))
         raise typer.Exit(1) from None
 
 
@@ -61,11 +61,15 @@ def _serve(settings: Settings) -> None:
     began = time.monotonic()
     lifeline.hold()
     progress.begin()
+    if settings.log_format == "json":
+        logs.as_json()
     launch.prepare_environment(settings.home, settings.cpu_lora_op)
+    keyed = _keyed(settings)
     listener = _listen(settings)
     settings.home.mkdir(parents=True, exist_ok=True)
-    _say(f"Loraplex {version('loraplex')}, state in {settings.home}")
-    folder = base_model.fetch(settings, _say)
+    lock = _lock(settings.home)
+    say(f"Loraplex {version('loraplex')}, state in {settings.home}")
+    folder = base_model.fetch(settings, say)
 
     # vLLM takes seconds to import: what can go wrong before it has gone wrong by now.
     import uvicorn
@@ -83,22 +87,45 @@ def _serve(settings: Settings) -> None:
         page = serving.registry.list(limit=SHOWN)
         names = [adapter.name for adapter in page.data] + ["…"] * (page.next is not None)
         for remark in serving.remarks:
-            _say(remark)
-        _say(f"ready after {time.monotonic() - began:.0f} s: {settings.base_name}")
-        _say(f"adapters: {', '.join(names) or 'none yet'}")
-        _say(f"http://{settings.host}:{settings.port}/v1  (try it: /docs; stop: Ctrl-C)")
+            say(remark)
+        say(f"ready after {time.monotonic() - began:.0f} s: {settings.base_name}")
+        say(f"adapters: {', '.join(names) or 'none yet'}")
+        if not keyed:
+            say(_NO_KEYS)
+        say(f"http://{settings.host}:{settings.port}/v1  (try it: /docs; stop: Ctrl-C)")
 
     def start() -> Any:
-        return launch.start(serving.args, settings.compile, _say)
+        return launch.start(serving.args, settings.compile, say)
 
-    http = app.create_app(serving, start, done, _say)
-    server = uvicorn.Server(uvicorn.Config(http, log_level="warning", timeout_graceful_shutdown=5))
-    # uvicorn raises a signal that ended it once more when it is done; here that is a normal end.
-    for ending in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(ending, lambda *_: None)
+    class Server(uvicorn.Server):
+        """Ends when what runs has ended, and at once when it is told to a second time."""
+
+        loop: asyncio.AbstractEventLoop | None = None
+        ending: asyncio.Future[None] | None = None
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            self.loop = asyncio.get_running_loop()
+            await super().startup(sockets)
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if serving.ending or self.loop is None:
+                os._exit(128 + sig)
+            serving.ending = True
+            self.loop.call_soon_threadsafe(self.end)
+
+        def end(self) -> None:
+            self.ending = asyncio.ensure_future(app.drain(serving))
+            self.ending.add_done_callback(lambda _: setattr(self, "should_exit", True))
+
+    http = app.create_app(serving, start, done, say)
+    options: dict[str, Any] = {"log_config": None} if settings.log_format == "json" else {}
+    server = Server(
+        uvicorn.Config(http, log_level="warning", timeout_graceful_shutdown=5, **options)
+    )
     server.run(sockets=[listener])
     for error in failed:
-        _complain(f"the engine did not start: {error}")
+        complain(f"the engine did not start: {error}")
+    lock.close()
     # Not through the interpreter's own end: it would wait for a thread that starts an engine.
     logging.shutdown()
     sys.stdout.flush()
@@ -106,46 +133,42 @@ def _serve(settings: Settings) -> None:
     os._exit(1 if failed else 0)
 
 
-@adapters.command()
-def verify(
-    home: Annotated[
-        Path | None,
-        typer.Option(
-            envvar=f"{PREFIX}HOME", help="State folder; the default is where `serve` keeps it."
-        ),
-    ] = None,
-) -> None:
-    """Read every stored byte again and hold it against its digest.
+_NO_KEYS = "there are no API keys: whoever reaches this server may do everything with it"
 
-    What is damaged is served no more, and what was damaged and is right again is. Needs no server,
-    and disturbs none. Exit code 1 if anything is damaged.
+
+def _lock(home: Path) -> IO[str]:
+    """Holds the state folder for this process: two servers would undo each other's work in it.
+
+    Raises ConfigError if another server has it.
     """
+    lock = (home / "lock").open("a+")
     try:
-        settings = Settings.read([] if home is None else ["--home", str(home)])
-        damaged = _verify(settings.home)
-    except (ConfigError, AdapterError) as error:
-        _complain(str(error))
-        raise typer.Exit(1) from None
-    raise typer.Exit(1 if damaged else 0)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        lock.seek(0)
+        raise ConfigError(
+            f"another server (process {lock.read().strip() or 'unknown'}) uses the state folder "
+            f"{home}: stop it, or name another folder with --home"
+        ) from None
+    lock.truncate(0)
+    lock.write(f"{os.getpid()}\n")
+    lock.flush()
+    return lock
 
 
-def _verify(home: Path) -> bool:
-    if not (home / "registry.db").is_file():
-        _complain(f"{home} is no state folder of Loraplex: name it with --home")
-        return True
-    registry = Registry(f"sqlite:///{home / 'registry.db'}")
-
-    def track(digests: list[str]) -> Iterable[str]:
-        return rich.progress.track(digests, "reading", transient=True, console=console)
-
-    found = audit(Store(home / "store"), registry, full=True, track=track)
-    for digest, reason in found.damaged.items():
-        _complain(f"{', '.join(registry.references_to(digest))}: {reason}")
-    for digest in found.mended:
-        _say(f"served again: {', '.join(registry.references_to(digest))}")
-    _say(f"{found.checked - len(found.damaged)} of {found.checked} are as they were sealed")
-    registry.close()
-    return bool(found.damaged)
+def _keyed(settings: Settings) -> bool:
+    """Whether requests need an API key. Raises ConfigError if others could come without one."""
+    keyed = settings.admin_key is not None
+    if not keyed and (settings.home / FILE).is_file():
+        database = Database.of(settings.home)
+        keyed = Keys(database).wanted()
+        database.close()
+    if keyed or settings.insecure or is_loopback(settings.host):
+        return keyed
+    raise ConfigError(
+        f"without API keys this server listens on loopback only, not on {settings.host}: create a "
+        "key (loraplex keys create), set LORAPLEX_ADMIN_KEY, or start with --insecure"
+    )
 
 
 def _listen(settings: Settings) -> socket.socket:
@@ -162,15 +185,6 @@ def _listen(settings: Settings) -> socket.socket:
             "(choose another with --port)"
         ) from None
     return listener
-
-
-def _say(line: str) -> None:
-    console.print(f"[dim]{time.strftime('%H:%M:%S')}[/dim] {line}", soft_wrap=True)
-
-
-def _complain(text: str) -> None:
-    for line in text.splitlines():
-        console.print(f"loraplex: {line}", style="red", markup=False, soft_wrap=True)
 
 
 def main() -> None:

@@ -1,11 +1,12 @@
 """The settings of a server: one frozen object, from flags and the environment."""
 
+import ipaddress
 import math
 import os
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     CliSettingsSource,
@@ -19,6 +20,14 @@ from adapters.sources.address import Allowed
 PREFIX = "LORAPLEX_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def is_loopback(host: str | None) -> bool:
+    """Whether only this machine can reach `host`, a name or an address."""
+    try:
+        return host == "localhost" or ipaddress.ip_address(host or "").is_loopback
+    except ValueError:
+        return False
 
 
 class ConfigError(Exception):
@@ -42,6 +51,21 @@ class Settings(BaseSettings):
 
     host: Annotated[str, Field(description="Address to listen on.")] = "127.0.0.1"
     port: Annotated[int, Field(ge=1, le=65535, description="Port to listen on.")] = 8000
+    admin_key: Annotated[
+        SecretStr | None,
+        Field(
+            min_length=16,
+            description="An API key that may do everything, of at least 16 characters; better in "
+            "the environment than as a flag, which others on the machine see.",
+        ),
+    ] = None
+    insecure: Annotated[
+        bool,
+        Field(description="Without API keys, listen and answer to others than this machine."),
+    ] = False
+    metrics_without_key: Annotated[
+        bool, Field(description="Answer /metrics, which names adapters, without an API key.")
+    ] = False
     home: Annotated[
         Path, Field(description="Folder of all state: base models, adapter store, registry.")
     ] = Path("~/.local/share/loraplex")
@@ -107,6 +131,26 @@ class Settings(BaseSettings):
     allow_noop: Annotated[
         bool, Field(description="Take adapters that leave what the base says as it is.")
     ] = False
+    metrics_adapters: Annotated[
+        int,
+        Field(
+            ge=1,
+            description="How many adapters, the busiest, have series of their own at /metrics; "
+            "the others share one.",
+        ),
+    ] = 50
+    log_format: Annotated[
+        Literal["text", "json"],
+        Field(description="Log lines for people, or JSON with a line a request."),
+    ] = "text"
+    shutdown_grace: Annotated[
+        float,
+        Field(
+            ge=0,
+            description="Seconds that running requests have to end after SIGTERM or Ctrl-C; a "
+            "second signal ends the server at once.",
+        ),
+    ] = 30
     demo_adapters: Annotated[
         bool, Field(description="Offer sql, code and poetry when the base is the default one.")
     ] = True
@@ -116,14 +160,6 @@ class Settings(BaseSettings):
         Field(
             description="Shares of adapters where they compete, like sql=3,base=2; 1 for those "
             "that are not named."
-        ),
-    ] = {}
-    key_weights: Annotated[
-        dict[str, float],
-        NoDecode,
-        Field(
-            description="Shares of API keys that call the same adapter: the first 12 digits of the "
-            "key's sha256, like 9f86d081884c=4; 1 for others."
         ),
     ] = {}
     max_waiting: Annotated[
@@ -182,7 +218,7 @@ class Settings(BaseSettings):
         Allowed(prefixes)
         return prefixes
 
-    @field_validator("weights", "key_weights", mode="before")
+    @field_validator("weights", mode="before")
     @classmethod
     def _by_name(cls, value: Any) -> Any:
         if not isinstance(value, str):
@@ -193,7 +229,7 @@ class Settings(BaseSettings):
                 raise ValueError(f"write NAME=NUMBER, several after commas, not {name + weight}")
         return {name.strip(): weight for name, _, weight in pairs}
 
-    @field_validator("weights", "key_weights")
+    @field_validator("weights")
     @classmethod
     def _shares(cls, weights: dict[str, float]) -> dict[str, float]:
         for name, weight in weights.items():
@@ -242,6 +278,11 @@ class Settings(BaseSettings):
     def host_capacity(self) -> int:
         """Adapters that the engine keeps loaded at once."""
         return max(32, self.max_loras) if self.max_cpu_loras is None else self.max_cpu_loras
+
+    @property
+    def admin_token(self) -> str | None:
+        """The key that may do everything, if the operator has given one."""
+        return self.admin_key.get_secret_value() if self.admin_key else None
 
     @property
     def max_upload_bytes(self) -> int:

@@ -64,6 +64,34 @@ class BadRequest(ServerError):
     code = "bad_request"
 
 
+class NoKey(ServerError):
+    """A request without an API key where one is needed, or with one that does not hold."""
+
+    code = "invalid_api_key"
+
+
+class Forbidden(ServerError):
+    """What this API key, or this client, may not do."""
+
+    code = "forbidden"
+
+
+class KeyNotFound(ServerError):
+    """No API key has that id."""
+
+    code = "key_not_found"
+
+
+class RateLimited(ServerError):
+    """An API key has used what it may; `retry_after` is in how many seconds it may again."""
+
+    code = "rate_limit_exceeded"
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(f"{message} Ask again in {retry_after} s.")
+        self.retry_after = retry_after
+
+
 class TooManyImports(ServerError):
     """As many imports are under way as may be."""
 
@@ -82,6 +110,10 @@ STATUS: dict[type[Exception], int] = {
     AdapterConflict: 400,
     BadRequest: 400,
     TooManyImports: 429,
+    NoKey: 401,
+    Forbidden: 403,
+    KeyNotFound: 404,
+    RateLimited: 429,
     adapters.AdapterError: 500,
     adapters.InvalidName: 400,
     adapters.ReservedName: 400,
@@ -93,6 +125,7 @@ STATUS: dict[type[Exception], int] = {
     adapters.AliasConflict: 412,
     adapters.InvalidAdapter: 422,
     adapters.TooLarge: 413,
+    adapters.QuotaExceeded: 429,
     adapters.VersionQuarantined: 409,
     adapters.InvalidSource: 400,
     adapters.SourceForbidden: 403,

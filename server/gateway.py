@@ -17,14 +17,22 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from adapters.effect import Effect
-from adapters.errors import AdapterError, AdapterNotFound, InvalidAdapter, InvalidReference, Problem
+from adapters.errors import (
+    AdapterError,
+    AdapterNotFound,
+    InvalidAdapter,
+    InvalidReference,
+    Problem,
+    no_adapter,
+)
 from adapters.ingest import Ingest
 from adapters.names import Reference
 from adapters.registry import Registry, Version
 from server.admission import Admission, Ticket
+from server.engine import launch
 from server.engine.call import Call, LoRARequest, current
 from server.engine.loading import Loader, LoadFailed
-from server.engine.meter import Meter, most_tokens, produced, prompt_tokens
+from server.engine.meter import Meter, first_token_age, most_tokens, produced, prompt_tokens
 from server.engine.proof import PROMPTS, Prover
 from server.errors import (
     AdapterConflict,
@@ -36,6 +44,7 @@ from server.errors import (
     ServerError,
     TooManyPinned,
 )
+from server.keys import ANYBODY, BASE, Key
 from server.residency import Entry, Load, Residency, State, Swap
 
 T = TypeVar("T")
@@ -71,6 +80,7 @@ class _Turn:
     granted: asyncio.Future[None]
     entry: Entry | None = None
     swap: asyncio.Task[Exception | None] | None = None
+    load: tuple[float, float] | None = None  # when the one that it waited for began and ended
 
     def refuse(self, error: Exception) -> None:
         """Ends the wait with `error`, unless it has ended."""
@@ -95,10 +105,12 @@ class Gateway:
         residency: Residency,
         times: Times,
         numbers: "itertools.count[int]",
+        key_weights: dict[str, float],
     ) -> None:
         """`numbers` gives the ids, of all engines of this process; the first base name is its own.
 
-        `admission` and `residency` are new, and know each other.
+        `admission` and `residency` are new, and know each other. `admission` looks into
+        `key_weights` for the shares of keys.
         """
         self._engine = engine
         self._registry = registry
@@ -110,6 +122,7 @@ class Gateway:
         self.admission = admission
         self.residency = residency
         self.times = times
+        self.key_weights = key_weights
         self.drift: list[str] = []  # see `_compare`; the last time that the engine was idle
         self._worked = 0  # turns and tasks so far: what the engine has may have changed
         self.refused = 0  # requests, for waiting too long or among too many
@@ -125,6 +138,7 @@ class Gateway:
         # Of its own: a disk that hangs must not take the threads that others need.
         self._readers = ThreadPoolExecutor(LOADING, "vouch")
         self._suspects: frozenset[str] | None = None
+        self._reason = ENDED
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._engine, name)
@@ -132,16 +146,15 @@ class Gateway:
     def check(self) -> None:
         """Raises EngineNotReady if the engine has ended."""
         if self._suspects is not None or self._engine.errored:
-            raise EngineNotReady(ENDED)
+            raise EngineNotReady(self._reason)
 
-    async def open(self, adapter: str | None, model: str | None, key: str = "") -> Call:
-        """Decides what a request runs on, for itself and for vLLM's handlers after it.
-
-        `key` is who asks, for the shares of keys.
+    async def open(self, adapter: str | None, model: str | None, key: Key = ANYBODY) -> Call:
+        """Decides what a request of `key` runs on, for itself and for vLLM's handlers after it.
 
         Raises:
             AdapterConflict: `adapter` and `model` name different adapters.
-            AdapterNotFound, VersionNotFound, AliasNotFound: there is no such thing to serve.
+            AdapterNotFound, VersionNotFound, AliasNotFound: there is no such thing to serve, or
+                not to this key.
             InvalidReference: `adapter` is no reference.
             EngineNotReady: the engine has ended.
         """
@@ -153,10 +166,15 @@ class Gateway:
                 param="adapter",
             )
         asked = adapter or model or self.base_names[0]
+        param = "adapter" if adapter else "model"
         call = Call(asked, key)
         if asked not in self.base_names:
-            call.version = await self.resolve(asked, "adapter" if adapter else "model")
+            call.version = await self.resolve(asked, param, key)
             call.lora = self._request(call.version)
+        elif not key.sees(BASE):
+            raise _no_model(asked, param)
+        if key.weight != 1.0 or key.id in self.key_weights:
+            self.key_weights[key.id] = key.weight
         current.set(call)
         return call
 
@@ -173,13 +191,19 @@ class Gateway:
         size = prompt_tokens(prompt)
         most = most_tokens(sampling_params, self._engine, size)
         ticket = self._ticket(lora_request, size, most, sampling_params.n or 1)
-        meter = Meter(sampling_params)
+        meter, call = Meter(sampling_params), current.get(Call(""))
         stream = self._engine.generate(
             prompt, sampling_params, request_id, lora_request=lora_request, **options
         )
         async with self._turn(ticket, lora_request, request_id), aclosing(stream):
+            call.prompt_tokens += size
+            last = None
             async for output in stream:
+                before = meter.tokens
                 self._progress(ticket, meter.add(output))
+                if came := meter.tokens - before:
+                    call.output_tokens += came
+                    last = _note_times(call, meter, output, last)
                 yield output
 
     async def encode(
@@ -231,11 +255,12 @@ class Gateway:
                 self.retire([digest])
         return effect
 
-    async def resolve(self, asked: str, param: str) -> Version:
+    async def resolve(self, asked: str, param: str, key: Key = ANYBODY) -> Version:
         """The version that the reference `asked` means; errors are about the field `param`.
 
         Raises:
-            AdapterNotFound, VersionNotFound, AliasNotFound: there is no such thing to serve.
+            AdapterNotFound, VersionNotFound, AliasNotFound: there is no such thing to serve, or
+                not to `key`.
             InvalidReference: `asked` is no reference, and `param` says that it must be one.
         """
         try:
@@ -245,9 +270,9 @@ class Gateway:
                 error.param = param
                 raise
             # Other servers' model names are no references of ours, just models we do not have.
-            raise AdapterNotFound(
-                f"There is no model or adapter {asked!r}. GET /v1/models lists them.", param=param
-            ) from None
+            raise _no_model(asked, param) from None
+        if not key.sees(reference.name):
+            raise no_adapter(reference.name, param)
         try:
             return await asyncio.to_thread(self._registry.resolve, reference)
         except AdapterNotFound as error:
@@ -333,11 +358,12 @@ class Gateway:
         finally:
             task.cancel()
 
-    def close(self) -> frozenset[str]:
+    def close(self, reason: str = ENDED) -> frozenset[str]:
         """Ends all requests with EngineNotReady; returns the digests that were in the engine."""
-        suspects = self._note_end()
+        suspects, self._reason = self._note_end(), reason
         for turn in self._turns.values():
-            turn.refuse(EngineNotReady(ENDED))
+            turn.refuse(EngineNotReady(reason))
+        launch.release(self._engine)
         for task in (*self._tasks, *([self._ticking] if self._ticking else [])):
             task.cancel()
         self._readers.shutdown(wait=False, cancel_futures=True)
@@ -351,6 +377,10 @@ class Gateway:
         found = [f"on the host: {each}" for each in host ^ {*there["host"], *there["reading"]}]
         found += [f"in a slot: {each}" for each in slots ^ in_slots]
         return found + [f"unasked: {there['unasked']}"] * bool(there["unasked"])
+
+    def is_adapter(self, name: str) -> bool:
+        """Whether a name of admission's counts is an adapter's: not the base's, nor of proofs."""
+        return name not in self.base_names and name != PROOFS
 
     def left_behind(self) -> list[str]:
         """What would be wrong to find when no request is under way: nothing, or what it is."""
@@ -370,7 +400,7 @@ class Gateway:
     def _ticket(self, lora: LoRARequest | None, prompt: int, most: int, seats: int = 1) -> Ticket:
         call = current.get(Call(""))
         adapter = call.version.adapter if call.version else self.base_names[0]
-        return Ticket(adapter, lora.lora_name if lora else None, prompt, most, call.key, seats)
+        return Ticket(adapter, lora.lora_name if lora else None, prompt, most, call.key.id, seats)
 
     @asynccontextmanager
     async def _turn(
@@ -381,14 +411,16 @@ class Gateway:
         try:
             self.check()
             await self._wait(ticket, lora, request_id, call)
+            granted = time.monotonic()
             try:
                 yield
             except Exception as error:
                 if self._suspects is not None or self._engine.errored:
                     self._note_end()
-                    raise EngineNotReady(ENDED) from error
+                    raise EngineNotReady(self._reason) from error
                 raise
             finally:
+                call.steps.append(("engine", granted, time.monotonic()))
                 self._leave(ticket)
         except Exception as error:
             call.error = error
@@ -417,9 +449,15 @@ class Gateway:
         except BaseException:
             self._leave(ticket)
             raise
-        waited = time.monotonic() - began
-        load = 0.0 if warm or turn.entry is None else min(waited, turn.entry.load_s)
-        call.queue_ms, call.load_ms = (waited - load) * 1000, load * 1000
+        finally:
+            now = time.monotonic()
+            call.steps.append(("admission", began, now))
+            load = 0.0
+            if turn.load is not None:
+                begin, end = max(began, turn.load[0]), turn.load[1]
+                call.steps.append(("load", begin, end))
+                load = end - begin
+            call.queue_ms, call.load_ms = (now - began - load) * 1000, load * 1000
 
     def _leave(self, ticket: Ticket) -> None:
         turn = self._turns.pop(ticket)
@@ -512,6 +550,8 @@ class Gateway:
         except Exception as unexpected:
             error = self._unexpected(unexpected, load.digest)
         del self._loads[load.digest]
+        for ticket in self.admission.waiting(load.digest):
+            self._turns[ticket].load = (began, time.monotonic())
         if error is None:
             self.residency.loaded(load.digest, time.monotonic() - began, size)
         else:
@@ -565,7 +605,7 @@ class Gateway:
     def _unexpected(self, error: Exception, digest: str) -> Exception:
         if self._suspects is not None or self._engine.errored:
             self._note_end()
-            return EngineNotReady(ENDED)
+            return EngineNotReady(self._reason)
         return AdapterLoadFailed(f"The adapter {digest} could not be put into the engine: {error}")
 
     def _refuse(self, digest: str, error: Exception) -> None:
@@ -639,6 +679,27 @@ class Gateway:
         self._tasks.add(task)  # the loop keeps only a weak reference
         task.add_done_callback(self._tasks.discard)
         return task
+
+
+def _note_times(call: Call, meter: Meter, output: Any, last: float | None) -> float | None:
+    """Notes when the tokens of an output came, the ones before at `last`.
+
+    Returns when these came, if that of the next is to be held against it.
+    """
+    now = time.monotonic()
+    if call.first is None:
+        call.first = now - (0.0 if meter.streams else first_token_age(output))
+    if not meter.streams or len(output.outputs) != 1:
+        return None
+    if last is not None:
+        call.gaps.append(now - last)
+    return now
+
+
+def _no_model(asked: str, param: str) -> AdapterNotFound:
+    return AdapterNotFound(
+        f"There is no model or adapter {asked!r}. GET /v1/models lists them.", param=param
+    )
 
 
 def _ends_engine() -> Problem:

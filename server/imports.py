@@ -20,7 +20,7 @@ from adapters.effect import Effect
 from adapters.errors import AdapterError
 from adapters.ingest import Ingest
 from adapters.names import check_alias
-from adapters.registry import Version
+from adapters.registry import Owner, Version
 from adapters.sources import directory
 from adapters.sources.address import Address, Allowed
 from adapters.sources.intake import Transfer
@@ -99,6 +99,7 @@ class Imports:
         source: str,
         alias: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        owner: Owner | None = None,
     ) -> tuple[Version, bool]:
         """What `Ingest.ingest` does, with the engine asked on the event loop.
 
@@ -109,7 +110,7 @@ class Imports:
             effect = await self.check(self._ingest.known_effect, made.digest)
             effect = effect or await self._prove(made.digest, made.form)
             return await self.check(
-                self._ingest.commit, made, effect, name, source, alias, metadata
+                self._ingest.commit, made, effect, name, source, alias, metadata, owner
             )
 
     def copy(self, folder: Path, into: Path) -> None:
@@ -122,6 +123,7 @@ class Imports:
         source: str,
         alias: str | None = None,
         metadata: Mapping[str, Any] | None = None,
+        owner: Owner | None = None,
     ) -> Import:
         """Starts an import, or joins one that does the same already; it goes on by itself.
 
@@ -132,7 +134,9 @@ class Imports:
             check_alias(alias)
         address = Address.parse(source)
         self._allowed.check(address)
-        key = json.dumps([name, source, alias, metadata], sort_keys=True)
+        key = json.dumps(
+            [name, source, alias, metadata, owner.key if owner else None], sort_keys=True
+        )
         if key in self._running:
             return self._running[key][0]
         if len(self._running) >= RUNNING + WAITING:
@@ -140,7 +144,7 @@ class Imports:
         begun = Import(
             str(next(self._numbers)), name, source, Transfer(self._max_bytes, self._timeout_s)
         )
-        task = asyncio.create_task(self._run(key, begun, address, alias, metadata))
+        task = asyncio.create_task(self._run(key, begun, address, alias, metadata, owner))
         self._running[key] = (begun, task)
         return begun
 
@@ -173,13 +177,14 @@ class Imports:
         address: Address,
         alias: str | None,
         metadata: Mapping[str, Any] | None,
+        owner: Owner | None,
     ) -> None:
         try:
             with self._store.staging() as folder:
                 pinned = await _to_the_end(self._fetchers, self._fetch, one, address, folder)
                 one.state = "checking"
                 one.version, one.created = await self.ingest(
-                    folder, one.name, pinned, alias, metadata
+                    folder, one.name, pinned, alias, metadata, owner
                 )
         except (AdapterError, ServerError) as error:
             one.error = error

@@ -1,29 +1,65 @@
-"""What the server counts and shows at /metrics, beside vLLM's own series.
+"""What the server shows at /metrics: its own series, and vLLM's beside them.
 
-Read from admission and residency when they are asked for, so that counting costs requests nothing.
-By adapter there are only those that have a request waiting or running: thousands of idle adapters
-make no series.
+Read from where it is known when it is asked for, so that counting costs requests nothing. By
+adapter there are those that have a request waiting or running, the busiest (`server/traffic.py`)
+and those in the engine: thousands of idle adapters make no series.
 """
 
+import asyncio
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
+from prometheus_client import REGISTRY
 from prometheus_client.core import (
     CounterMetricFamily,
     GaugeMetricFamily,
+    HistogramMetricFamily,
     Metric,
 )
-from prometheus_client.registry import CollectorRegistry
+from prometheus_client.registry import Collector as Collecting
 
+from adapters.registry import Registry, Summary
 from server.gateway import Gateway
+from server.traffic import Histogram, Traffic
+
+# What routers that choose among servers read; vLLM has no words for the second.
+LEVELS = {"slot": "gpu", "host": "cpu"}
 
 
-class Collector:
-    """Prometheus' collector of one server; `gateway` gives the one of now, None between two."""
+class Collector(Collecting):
+    """The series of one server and of vLLM in its process.
 
-    def __init__(self, gateway: Callable[[], Gateway | None], restarts: Callable[[], int]) -> None:
+    `gateway` gives the one of now, None between two; `restarts` how many engines came after one.
+    """
+
+    def __init__(
+        self,
+        gateway: Callable[[], Gateway | None],
+        restarts: Callable[[], int],
+        traffic: Traffic,
+        registry: Registry,
+    ) -> None:
         self._gateway = gateway
         self._restarts = restarts
+        self._traffic = traffic
+        self._registry = registry
+        self._summary = Summary()
+        self._names: Mapping[str, Sequence[str]] = {}
+
+    async def look(self) -> None:
+        """Asks the registry, in a thread, what `collect` needs to know of it."""
+        gateway, registry = self._gateway(), self._registry
+        digests = [entry.digest for entry in gateway.residency.entries()] if gateway else []
+        named = self._traffic.names()
+
+        def ask() -> set[str]:
+            self._names = registry.names_of(digests)
+            self._summary = registry.summary()
+            return registry.alive(named)
+
+        alive = await asyncio.to_thread(ask)
+        base = gateway.base_names if gateway else named
+        self._traffic.forget(set(named) - alive - set(base))
 
     def collect(self) -> Iterator[Metric]:
         """All series, as prometheus_client asks for them."""
@@ -32,11 +68,80 @@ class Collector:
             "Engines that were started after one had ended.",
             self._restarts(),
         )
+        yield GaugeMetricFamily(
+            "loraplex_tasks", "Tasks of the server's event loop.", len(asyncio.all_tasks())
+        )
+        yield from _by_adapter(self._traffic)
+        yield from _http(self._traffic)
+        yield from _stored(self._summary)
         gateway = self._gateway()
-        if gateway is None:
-            return
-        yield from _queues(gateway)
-        yield from _loaded(gateway)
+        if gateway is not None:
+            yield from _queues(gateway)
+            yield from _loaded(gateway)
+            yield from _for_routers(gateway, self._names)
+        yield from REGISTRY.collect()
+
+
+def _by_adapter(traffic: Traffic) -> Iterator[Metric]:
+    requests = CounterMetricFamily(
+        "loraplex_requests",
+        "Inference requests that have ended, by HTTP status; _other is all that have no own name.",
+        labels=["adapter", "status"],
+    )
+    errors = CounterMetricFamily(
+        "loraplex_errors", "Those that ended with an error.", labels=["adapter", "code"]
+    )
+    prompts = CounterMetricFamily(
+        "loraplex_prompt_tokens", "Tokens of prompts.", labels=["adapter"]
+    )
+    outputs = CounterMetricFamily(
+        "loraplex_output_tokens", "Tokens of replies.", labels=["adapter"]
+    )
+    times = {
+        "queue": ("queue_seconds", "What requests waited for their turn, loads apart."),
+        "load": ("load_wait_seconds", "What requests waited for their adapter to be loaded."),
+        "first": ("first_token_seconds", "From a request's arrival to its first token."),
+        "gaps": ("token_gap_seconds", "Between two tokens of a stream."),
+    }
+    histograms = {
+        field: HistogramMetricFamily(f"loraplex_{name}", text, labels=["adapter"])
+        for field, (name, text) in times.items()
+    }
+    for adapter, series in traffic.series():
+        for status, count in series.requests.items():
+            requests.add_metric([adapter, str(status)], count)
+        for code, count in series.errors.items():
+            errors.add_metric([adapter, code], count)
+        prompts.add_metric([adapter], series.prompt_tokens)
+        outputs.add_metric([adapter], series.output_tokens)
+        for field, family in histograms.items():
+            histogram: Histogram = getattr(series, field)
+            family.add_metric([adapter], histogram.buckets(), histogram.sum)
+    yield from (requests, errors, prompts, outputs, *histograms.values())
+
+
+def _http(traffic: Traffic) -> Iterator[Metric]:
+    calls = CounterMetricFamily(
+        "loraplex_http_requests",
+        "HTTP requests that have ended; the route `none` is what there is not.",
+        labels=["method", "route", "status"],
+    )
+    for (method, route, status), count in traffic.http.items():
+        calls.add_metric([method, route, str(status)], count)
+    yield calls
+
+
+def _stored(summary: Summary) -> Iterator[Metric]:
+    yield GaugeMetricFamily("loraplex_adapters", "Adapters in the registry.", summary.adapters)
+    versions = GaugeMetricFamily(
+        "loraplex_versions", "Versions that are not deleted.", labels=["state"]
+    )
+    for state, count in summary.versions.items():
+        versions.add_metric([state], count)
+    yield versions
+    yield GaugeMetricFamily(
+        "loraplex_stored_bytes", "Of the weights of all versions, equal ones once.", summary.bytes
+    )
 
 
 def _queues(gateway: Gateway) -> Iterator[Metric]:
@@ -102,8 +207,52 @@ def _loaded(gateway: Gateway) -> Iterator[Metric]:
         yield CounterMetricFamily(f"loraplex_{name}", text, count)
 
 
-def registry(collector: Collector) -> CollectorRegistry:
-    """A registry of this server's own series: several servers in one process do not mix."""
-    own = CollectorRegistry()
-    own.register(collector)
-    return own
+def _for_routers(gateway: Gateway, names: Mapping[str, Sequence[str]]) -> Iterator[Metric]:
+    """vLLM's series on adapters, by the names that clients write, for routers in front of servers.
+
+    vLLM's own is not collected (`launch.start`): in the engine adapters go by their digests.
+    """
+    counts = gateway.admission.counts()
+    adapters = {name: c for name, c in counts.items() if gateway.is_adapter(name)}
+    residency = gateway.residency
+    info = GaugeMetricFamily(
+        "vllm:lora_requests_info",
+        "Adapters with running and with waiting requests; the value is the time.",
+        labels=["max_lora", "running_lora_adapters", "waiting_lora_adapters"],
+    )
+    running = ",".join(sorted(name for name, (_, runs) in adapters.items() if runs))
+    waiting = ",".join(sorted(name for name, (waits, _) in adapters.items() if waits))
+    info.add_metric([str(residency.slots), running, waiting], time.time())
+    yield info
+    loaded = GaugeMetricFamily(
+        "vllm:lora_adapter_loaded",
+        "Adapters in a slot (gpu) or only in the host cache (cpu).",
+        labels=["adapter_name", "level", "pinned"],
+    )
+    for name, level, pinned in _levels(gateway, names):
+        loaded.add_metric([name, level, str(pinned).lower()], 1)
+    yield loaded
+    yield GaugeMetricFamily(
+        "vllm:num_gpu_loaded_lora_adapters", "Adapters in a slot.", len(residency.in_slots())
+    )
+    yield GaugeMetricFamily(
+        "vllm:max_gpu_lora_adapters", "Adapters that one batch can use.", residency.slots
+    )
+
+
+def _levels(
+    gateway: Gateway, names: Mapping[str, Sequence[str]]
+) -> Iterable[tuple[str, str, bool]]:
+    """Name, level and whether it is pinned, of each adapter of which a version is loaded.
+
+    Of several versions of one adapter the one that is nearest to the engine counts.
+    """
+    found: dict[str, tuple[str, bool]] = {}
+    residency = gateway.residency
+    for entry in residency.entries():
+        level = LEVELS.get(residency.tier(entry.digest))
+        for name in names.get(entry.digest, []):
+            if level is not None and found.get(name, ("",))[0] != "gpu":
+                pinned = entry.pinned or found.get(name, ("", False))[1]
+                found[name] = (level, pinned)
+    return [(name, level, pinned) for name, (level, pinned) in sorted(found.items())]

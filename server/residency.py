@@ -22,7 +22,7 @@ class State(Enum):
 class Entry:
     """One version in the engine or on its way there.
 
-    `bytes` is its size there, `leases` the running requests on it, `load_s` what its load took.
+    `bytes` is its size there, `leases` the running requests on it.
     """
 
     digest: str
@@ -31,7 +31,6 @@ class Entry:
     leases: int = 0
     pinned: bool = False
     uses: int = 0
-    load_s: float = 0.0
     worth: float = 0.0
 
 
@@ -145,7 +144,7 @@ class Residency:
     def loaded(self, digest: str, seconds: float, size: int) -> None:
         """The load of `digest` has ended well; it took so long, and `size` bytes were loaded."""
         entry = self._entries[digest]
-        entry.state, entry.load_s, entry.bytes = State.HOST, seconds, size
+        entry.state, entry.bytes = State.HOST, size
         self.policy.used(entry)
         self.counts.loads += 1
         self.counts.load_s += seconds

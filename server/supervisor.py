@@ -120,7 +120,6 @@ class Supervisor:
         serving.handlers = None
         serving.proving.pause()
         await self._accuse(self._gateway.close())
-        launch.release(self._engine)
         await self._end()
 
     async def _end(self) -> None:
@@ -176,7 +175,8 @@ class Supervisor:
             settings.max_waiting_per_adapter,
             settings.max_waiting_per_key,
         )
-        admission = Admission(limits, residency.standing, weights, settings.key_weights)
+        key_weights: dict[str, float] = {}
+        admission = Admission(limits, residency.standing, weights, key_weights)
         residency.changed = admission.changed
         times = Times(settings.queue_timeout, settings.load_timeout, settings.engine_timeout)
         return Gateway(
@@ -188,4 +188,5 @@ class Supervisor:
             residency,
             times,
             self._numbers,
+            key_weights,
         )

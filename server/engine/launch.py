@@ -246,12 +246,35 @@ def start(args: Namespace, compile: bool | None = None, say: Callable[[str], Non
             engine_args.enforce_eager = True
             config = configure()
     progress.passed("imports", "starting the engine's process")
+    loggers = None if args.disable_log_stats else [_statistics()]
     return AsyncLLM.from_vllm_config(
         config,
+        stat_loggers=loggers,
         usage_context=UsageContext.OPENAI_API_SERVER,
         enable_log_requests=args.enable_log_requests,
         disable_log_stats=args.disable_log_stats,
     )
+
+
+def _statistics() -> Any:
+    """vLLM's Prometheus series, but for the one that names adapters.
+
+    In the engine they go by their digests, which mean nothing to who reads it, and it keeps a
+    series for every set of adapters that there has ever been. /metrics has one in its place.
+    """
+    from prometheus_client import REGISTRY
+    from vllm.v1.metrics.loggers import PrometheusStatLogger
+
+    class Statistics(PrometheusStatLogger):  # type: ignore[misc]
+        gauge_lora_info: Any
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            super().__init__(*args, **kwargs)
+            if self.gauge_lora_info is not None:
+                REGISTRY.unregister(self.gauge_lora_info)
+                self.gauge_lora_info = None
+
+    return Statistics
 
 
 def _compiled(config: Any) -> Path:

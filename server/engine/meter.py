@@ -1,5 +1,6 @@
 """Tokens: how many a request brings, may take, and has got so far."""
 
+import time
 from typing import Any
 
 from vllm.sampling_params import RequestOutputKind
@@ -30,20 +31,28 @@ class Meter:
     """Counts the tokens of one request, of all its sequences, by what the engine gives."""
 
     def __init__(self, params: Any) -> None:
-        self._delta = params.output_kind == RequestOutputKind.DELTA
+        self.streams = params.output_kind == RequestOutputKind.DELTA
         self._cumulative: dict[int, int] = {}
         self.tokens = 0
 
     def add(self, output: Any) -> int:
         """Tokens so far, with those of `output`."""
         for each in output.outputs:
-            if self._delta:
+            if self.streams:
                 self.tokens += len(each.token_ids)
             else:
                 self._cumulative[each.index] = len(each.token_ids)
-        if not self._delta:
+        if not self.streams:
             self.tokens = sum(self._cumulative.values())
         return self.tokens
+
+
+def first_token_age(output: Any) -> float:
+    """Seconds since the first token of a request came; 0 where the engine keeps no statistics."""
+    if (metrics := output.metrics) is None:
+        return 0.0
+    came: float = metrics.arrival_time + metrics.first_token_latency
+    return max(0.0, time.time() - came)
 
 
 def produced(engine: Any, request_id: str) -> int:

@@ -4,9 +4,10 @@ The engine's processes start one another, so the times of the stages travel in t
 """
 
 import os
-import sys
 import time
 from itertools import pairwise
+
+from server.logs import say
 
 STAGES = "_LORAPLEX_STAGES"
 
@@ -22,7 +23,7 @@ def passed(stage: str, next_: str = "") -> None:
         return
     os.environ[STAGES] += f";{stage}={time.time():.3f}"
     if next_:
-        print(f"{time.strftime('%H:%M:%S')} {next_}", file=sys.stderr, flush=True)
+        say(next_)
 
 
 def so_far() -> str:

@@ -16,7 +16,11 @@ from server.engine.handlers import Handlers
 from server.errors import EngineNotReady
 from server.gateway import Gateway, Proving
 from server.imports import Imports
-from server.metrics import Collector, registry
+from server.keys import Keys
+from server.metrics import Collector
+from server.quotas import Quotas
+from server.traffic import Traffic
+from server.usage import Usage
 
 
 @dataclass
@@ -31,17 +35,25 @@ class Serving:
     base: BaseSpec
     store: Store
     registry: Registry
+    keys: Keys
+    usage: Usage
     ingest: Ingest
     imports: Imports
     proving: Proving
     gateway: Gateway | None = None
     handlers: Handlers | None = None
+    quotas: Quotas = field(default_factory=Quotas)
     started: float = field(default_factory=time.time)
     restarts: int = 0  # engines after the first
     remarks: list[str] = field(default_factory=list)  # what to know about how the engine runs
+    under_way: int = 0  # HTTP requests
+    ending: bool = False  # no new work is taken
 
     def __post_init__(self) -> None:
-        self.metrics = registry(Collector(lambda: self.gateway, lambda: self.restarts))
+        self.traffic = Traffic(self.settings.metrics_adapters)
+        self.metrics = Collector(
+            lambda: self.gateway, lambda: self.restarts, self.traffic, self.registry
+        )
 
     def ready(self) -> tuple[Gateway, Handlers]:
         """The gateway and vLLM's handlers over it.

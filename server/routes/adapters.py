@@ -12,26 +12,44 @@ from types import EllipsisType
 from typing import Annotated, Any
 
 from anyio.to_thread import run_sync
-from fastapi import APIRouter, Body, Header, Query, Request, Response
+from fastapi import APIRouter, Body, Depends, Header, Query, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from adapters import jsontext
-from adapters.errors import AdapterNotFound
+from adapters.errors import AdapterNotFound, no_adapter
 from adapters.folder import CONFIG, belongs, disk
 from adapters.ingest import Inspection
 from adapters.peft import AdapterSpec
 from adapters.registry import Adapter, Version
 from adapters.sources import archive
-from server.errors import BadRequest, describe
+from server.errors import BadRequest, Forbidden, describe
 from server.gateway import Gateway
 from server.imports import Import
+from server.keys import Key
 from server.routes import Json, Served, Serving
+from server.routes.access import Asker
 from server.routes.upload import MAX_FIELD, Form, receive
 
 router = APIRouter(prefix="/v1/adapters", tags=["adapters"])
 
 PROGRESS_S = 0.25  # between two looks at an import that somebody follows
+
+
+def _named(name: str, asker: Asker) -> str:
+    """The name, or reference, in a path, if it is one that the key may use."""
+    if not asker.sees(adapter := name.partition("@")[0]):
+        raise no_adapter(adapter)
+    return name
+
+
+Named = Annotated[str, Depends(_named)]
+
+
+def may_bring(asker: Key, name: str) -> None:
+    """Raises Forbidden if an adapter that the key brings may not have this name."""
+    if not asker.sees(name):
+        raise Forbidden(f"With this API key, names of adapters are {', '.join(asker.patterns)}.")
 
 
 class ImportRequest(BaseModel):
@@ -81,6 +99,7 @@ _JSON = {"application/json": {"schema": ImportRequest.model_json_schema()}}
 async def add(
     request: Request,
     serving: Served,
+    asker: Asker,
     accept: Annotated[str, Header(description="text/event-stream: progress of an import.")] = "",
     prefer: Annotated[str, Header(description="respond-async: 202 at once, for an import.")] = "",
 ) -> Response:
@@ -92,9 +111,10 @@ async def add(
         request.headers.get("content-type", "").partition(";")[0].strip().lower()
         != "application/json"
     ):
-        return await _upload(request, serving)
+        return await _upload(request, serving, asker)
     asked = await _import_request(request)
-    one = serving.imports.begin(asked.name, asked.source, asked.alias, asked.metadata)
+    may_bring(asker, asked.name)
+    one = serving.imports.begin(asked.name, asked.source, asked.alias, asked.metadata, asker.owner)
     if "text/event-stream" in accept:
         return StreamingResponse(_follow(serving, one), media_type="text/event-stream")
     if "respond-async" in prefer:
@@ -120,12 +140,13 @@ async def _received(request: Request, serving: Serving) -> AsyncIterator[tuple[F
         yield await receive(request, arrived, serving.settings.max_upload_bytes), folder
 
 
-async def _upload(request: Request, serving: Serving) -> Response:
+async def _upload(request: Request, serving: Serving, asker: Key) -> Response:
     async with _received(request, serving) as (form, folder):
         name, alias, metadata = _fields(form)
+        may_bring(asker, name)
         serving.ingest.check_name(name)
         await run_sync(_collect, form, folder, serving)
-        added = await serving.imports.ingest(folder, name, "upload", alias, metadata)
+        added = await serving.imports.ingest(folder, name, "upload", alias, metadata, asker.owner)
     return await run_sync(_taken, serving, *added)
 
 
@@ -168,12 +189,13 @@ def _event(kind: str, data: Json) -> str:
 @router.get("")
 def every(
     serving: Served,
+    asker: Asker,
     limit: Annotated[int, Query(ge=1, le=1000)] = 50,
     after: Annotated[str | None, Query(description="`next` of the page before.")] = None,
     prefix: Annotated[str | None, Query(description="Only names that begin so.")] = None,
 ) -> Json:
-    """Adapters by name, a page at a time."""
-    page = serving.registry.list(after, limit, prefix)
+    """Adapters that the key may use, by name, a page at a time."""
+    page = serving.registry.list(after, limit, prefix, asker.patterns)
     return {
         "object": "list",
         "data": [_show(serving, adapter) for adapter in page.data],
@@ -183,7 +205,7 @@ def every(
 
 
 @router.get("/{name}")
-async def show(name: str, serving: Served) -> Json:
+async def show(name: Named, serving: Served) -> Json:
     """One adapter: its aliases, versions and imports; `latest` with its algebra and checks."""
     imports = [_show_import(one) for one in serving.imports.of(name)]
     try:
@@ -197,14 +219,14 @@ async def show(name: str, serving: Served) -> Json:
 
 
 @router.get("/{name}/versions/{version}")
-def show_version(name: str, version: str, serving: Served) -> Json:
+def show_version(name: Named, version: str, serving: Served) -> Json:
     """One version, by number, alias or digest."""
     return _show_version(serving, serving.registry.show(f"{name}@{version}"))
 
 
 @router.put("/{name}/aliases/{alias}")
 async def set_alias(
-    name: str,
+    name: Named,
     alias: str,
     serving: Served,
     response: Response,
@@ -224,7 +246,7 @@ async def set_alias(
 
 @router.delete("/{name}/aliases/{alias}")
 async def delete_alias(
-    name: str,
+    name: Named,
     alias: str,
     serving: Served,
     if_match: Annotated[str | None, Header(description='Only if it points to this: "3".')] = None,
@@ -236,21 +258,21 @@ async def delete_alias(
 
 
 @router.delete("/{name}")
-async def delete(name: str, serving: Served) -> Json:
+async def delete(name: Named, serving: Served) -> Json:
     """No new requests from now on; running ones finish, then the bytes go."""
     serving.let_go(await run_sync(serving.registry.delete_adapter, name))
     return {"object": "adapter", "name": name, "deleted": True}
 
 
 @router.delete("/{name}/versions/{version}")
-async def delete_version(name: str, version: int, serving: Served) -> Json:
+async def delete_version(name: Named, version: int, serving: Served) -> Json:
     """The same for one version; refused while an alias other than `latest` points to it."""
     serving.let_go(await run_sync(serving.registry.delete_version, name, version))
     return {"object": "adapter.version", "name": name, "version": version, "deleted": True}
 
 
 @router.post("/{name}/load")
-async def load(name: str, serving: Served) -> Json:
+async def load(name: Named, serving: Served) -> Json:
     """Has an adapter (or a version, by reference) in the engine's host cache."""
     gateway, version = await _meant(name, serving)
     await gateway.load(version)
@@ -258,7 +280,7 @@ async def load(name: str, serving: Served) -> Json:
 
 
 @router.post("/{name}/unload")
-async def unload(name: str, serving: Served) -> Json:
+async def unload(name: Named, serving: Served) -> Json:
     """Takes it out of the engine; refused while requests use it, or it is pinned."""
     gateway, version = await _meant(name, serving)
     gateway.unload(version)
@@ -266,7 +288,7 @@ async def unload(name: str, serving: Served) -> Json:
 
 
 @router.post("/{name}/pin")
-async def pin(name: str, serving: Served) -> Json:
+async def pin(name: Named, serving: Served) -> Json:
     """Loads it and keeps it loaded, restarts included."""
     gateway, version = await _meant(name, serving)
     await gateway.pin(version)
@@ -275,7 +297,7 @@ async def pin(name: str, serving: Served) -> Json:
 
 
 @router.post("/{name}/unpin")
-async def unpin(name: str, serving: Served) -> Json:
+async def unpin(name: Named, serving: Served) -> Json:
     """Lets it be evicted again."""
     gateway, version = await _meant(name, serving)
     await run_sync(serving.registry.pin, version, False)

@@ -1,5 +1,6 @@
 """Errors as HTTP responses, in the shape of the protocol that was called."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -8,7 +9,7 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from adapters.errors import AdapterError
-from server.errors import RETRY_AFTER_S, ServerError, body, describe
+from server.errors import RETRY_AFTER_S, NoKey, RateLimited, ServerError, body, describe
 
 _ANTHROPIC = {404: "not_found_error", 413: "request_too_large", 503: "overloaded_error"}
 
@@ -17,6 +18,7 @@ def failure(
     request: Request, status: int, message: str, code: str | None = None, param: str | None = None
 ) -> JSONResponse:
     """An error response: OpenAI's shape, or Anthropic's under /v1/messages."""
+    request.state.code = code
     return _response(request, status, body(status, message, code, param))
 
 
@@ -29,9 +31,20 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(Exception, _unexpected)
 
 
+def respond(request: Request, error: ServerError | AdapterError) -> JSONResponse:
+    """The error response of an exception of ours."""
+    request.state.code = error.code
+    headers = {}
+    if isinstance(error, NoKey):
+        headers["www-authenticate"] = "Bearer"
+    if isinstance(error, RateLimited):
+        headers["retry-after"] = str(error.retry_after)
+    return _response(request, *describe(error), headers)
+
+
 async def _ours(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ServerError | AdapterError)  # noqa: S101 (what it is installed for)
-    return _response(request, *describe(error))
+    return respond(request, error)
 
 
 async def _invalid(request: Request, error: Exception) -> JSONResponse:
@@ -60,10 +73,12 @@ async def _unexpected(request: Request, error: Exception) -> JSONResponse:
 _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 
-def _response(request: Request, status: int, content: dict[str, Any]) -> JSONResponse:
+def _response(
+    request: Request, status: int, content: dict[str, Any], headers: Mapping[str, str] | None = None
+) -> JSONResponse:
     if request.url.path.startswith("/v1/messages"):
         error = content["error"]
         kind = _ANTHROPIC.get(status, error["type"] if status < 500 else "api_error")
         content = {"type": "error", "error": {"type": kind, "message": error["message"]}}
-    headers = {"retry-after": str(RETRY_AFTER_S[status])} if status in RETRY_AFTER_S else None
-    return JSONResponse(content, status_code=status, headers=headers)
+    usual = {"retry-after": str(RETRY_AFTER_S[status])} if status in RETRY_AFTER_S else {}
+    return JSONResponse(content, status_code=status, headers=usual | dict(headers or {}))

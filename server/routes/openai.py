@@ -1,6 +1,5 @@
 """Inference: the OpenAI and Anthropic protocols, answered by vLLM's handlers."""
 
-import hashlib
 import json
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import aclosing
@@ -107,7 +106,8 @@ async def _answer(
 ) -> Response:
     """Opens the call, asks a handler, and makes its result a response with our headers."""
     gateway, handlers = serving.ready()
-    call = await gateway.open(body.adapter, body.model, _key(request))
+    call = await gateway.open(body.adapter, body.model, request.state.key)
+    request.state.call = call
     body.model = call.asked
     result = await _begin(ask(handlers), request, call)
     if result is None:  # the client is gone; nobody reads this
@@ -118,13 +118,6 @@ async def _answer(
     if isinstance(result, AsyncGenerator):
         return StreamingResponse(result, headers=_headers(call), media_type="text/event-stream")
     return JSONResponse(result.model_dump(**dump), headers=_headers(call))
-
-
-def _key(request: Request) -> str:
-    """Who asks: twelve digits that stand for the API key of the request, or nothing without one."""
-    sent = request.headers.get("x-api-key") or request.headers.get("authorization", "")
-    key = sent.removeprefix("Bearer ").strip()
-    return hashlib.sha256(key.encode()).hexdigest()[:12] if key else ""
 
 
 @with_cancellation  # type: ignore[untyped-decorator]

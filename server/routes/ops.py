@@ -3,6 +3,7 @@
 from fastapi import APIRouter, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from server.errors import EngineNotReady
 from server.routes import Json, Served
 
 router = APIRouter(tags=["operations"])
@@ -16,8 +17,10 @@ def health() -> Json:
 
 @router.get("/ready")
 async def ready(serving: Served) -> Json:
-    """200 once the engine can answer, 503 before that and when it has ended."""
+    """200 once the engine can answer, 503 before that and when it, or the server, is ending."""
     gateway, _ = serving.ready()
+    if serving.ending:
+        raise EngineNotReady("This server is ending.")
     gateway.check()
     return {"status": "ready", "base": serving.settings.base_name}
 
@@ -25,5 +28,5 @@ async def ready(serving: Served) -> Json:
 @router.get("/metrics")
 async def metrics(serving: Served) -> Response:
     """Our series and vLLM's, for Prometheus."""
-    text = generate_latest(serving.metrics) + generate_latest()
-    return Response(text, media_type=CONTENT_TYPE_LATEST)
+    await serving.metrics.look()
+    return Response(generate_latest(serving.metrics), media_type=CONTENT_TYPE_LATEST)

@@ -7,7 +7,10 @@ from fastapi import APIRouter
 from fastapi.responses import PlainTextResponse
 from pydantic import BaseModel, ConfigDict, Field
 
+from adapters.errors import no_adapter
 from server.routes import Served
+from server.routes.access import Asker
+from server.routes.adapters import may_bring
 
 router = APIRouter(prefix="/v1", tags=["adapters"])
 
@@ -32,17 +35,21 @@ class UnloadRequest(BaseModel):
 
 
 @router.post("/load_lora_adapter")
-async def load(asked: LoadRequest, serving: Served) -> PlainTextResponse:
+async def load(asked: LoadRequest, serving: Served, asker: Asker) -> PlainTextResponse:
     """Imports an adapter, as POST /v1/adapters does: it stays, also after a restart."""
     scheme = "file" if asked.lora_path.startswith("/") else "hf"
-    one = serving.imports.begin(asked.lora_name, f"{scheme}://{asked.lora_path}")
+    may_bring(asker, asked.lora_name)
+    source = f"{scheme}://{asked.lora_path}"
+    one = serving.imports.begin(asked.lora_name, source, owner=asker.owner)
     await serving.imports.end(one)
     return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
 
 
 @router.post("/unload_lora_adapter")
-async def unload(asked: UnloadRequest, serving: Served) -> PlainTextResponse:
+async def unload(asked: UnloadRequest, serving: Served, asker: Asker) -> PlainTextResponse:
     """Deletes an adapter with all its versions, as DELETE /v1/adapters/{name} does."""
+    if not asker.sees(asked.lora_name):
+        raise no_adapter(asked.lora_name)
     digests: Any = await run_sync(serving.registry.delete_adapter, asked.lora_name)
     serving.let_go(digests)
     return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")

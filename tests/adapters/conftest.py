@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from adapters.base import BaseSpec
+from adapters.database import Database
 from adapters.registry import Registry
 from adapters.store import Store
 
@@ -112,7 +113,7 @@ def store(tmp_path: Path) -> Store:
 
 @pytest.fixture
 def registry(tmp_path: Path) -> Registry:
-    return Registry(f"sqlite:///{tmp_path / 'registry.db'}")
+    return Registry(Database.of(tmp_path))
 
 
 @pytest.fixture(scope="session")

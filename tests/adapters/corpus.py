@@ -21,6 +21,7 @@ import zstandard
 
 from adapters import validate
 from adapters.base import BaseSpec
+from adapters.database import Database
 from adapters.errors import InvalidAdapter, TooLarge
 from adapters.ingest import Ingest, Rules
 from adapters.registry import Registry, Version
@@ -94,7 +95,7 @@ class Place:
 def place(root: Path, allow_pickle: bool = False) -> Iterator[Place]:
     """An empty one under `root`."""
     store = Store(root / "store")
-    registry = Registry(f"sqlite:///{root / 'registry.db'}")
+    registry = Registry(Database.of(root))
     try:
         ingest = Ingest(store, registry, BASE, Rules(MAX_RANK, allow_pickle=allow_pickle))
         yield Place(root, store, registry, ingest, allow_pickle)

@@ -26,6 +26,7 @@ from typing import Any
 
 from adapters import sources
 from adapters.base import BaseSpec
+from adapters.database import Database
 from adapters.effect import Effect
 from adapters.errors import AdapterNotFound, AliasConflict, AliasInUse
 from adapters.folder import FILES
@@ -84,7 +85,7 @@ class Life:
         self._pool = sorted(each.name for each in self._sources.iterdir() if each.is_dir())
         self._store = Store(home / "store")
         self._store.sweep()
-        self._registry = Registry(f"sqlite:///{home / 'registry.db'}")
+        self._registry = Registry(Database.of(home))
         self._ingest = Ingest(self._store, self._registry, BASE, RULES, _prove)
 
     def audit(self) -> None:

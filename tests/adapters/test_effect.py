@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from adapters.database import Database
 from adapters.effect import Effect, distance
 from adapters.errors import InvalidAdapter
 from adapters.ingest import Ingest, Rules
@@ -45,7 +46,7 @@ def test_what_is_certain():
 def run(make, base, tmp_path: Path):
     """Ingests with an engine that answers `effect`; gives the version and how often it asked."""
     store = Store(tmp_path / "store")
-    registry = Registry(f"sqlite:///{tmp_path / 'registry.db'}")
+    registry = Registry(Database.of(tmp_path))
     asked = []
 
     def work(effect, name="sql", seed=0, **rules):
@@ -108,7 +109,7 @@ def test_zero_is_found_without_an_engine(make, base, tmp_path, allowed):
         if "lora_B" in name:
             numbers[:] = 0
     store = Store(tmp_path / "store")
-    registry = Registry(f"sqlite:///{tmp_path / 'registry.db'}")
+    registry = Registry(Database.of(tmp_path))
     with store.staging() as folder:
         made.write(folder)
         report = Ingest(store, registry, base, Rules(8, allow_noop=allowed)).check(folder).report

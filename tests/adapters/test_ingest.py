@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from adapters.database import Database
 from adapters.errors import (
     InvalidAdapter,
     InvalidName,
@@ -75,7 +76,7 @@ def test_the_same_bytes_again(make, upload):
 def test_everything_is_there_after_a_restart(make, upload, tmp_path, registry):
     version, _ = upload(make())
     registry.close()
-    store, again = Store(tmp_path / "store"), Registry(f"sqlite:///{tmp_path / 'registry.db'}")
+    store, again = Store(tmp_path / "store"), Registry(Database.of(tmp_path))
     store.sweep()
     assert again.get("sql").versions == (version,)
     assert store.has(again.resolve("sql").digest)

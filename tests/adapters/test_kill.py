@@ -29,6 +29,7 @@ import pytest
 import sqlalchemy as sa
 
 from adapters.audit import audit
+from adapters.database import Database
 from adapters.errors import AdapterNotFound, AliasNotFound, VersionNotFound
 from adapters.folder import FILES
 from adapters.ingest import Ingest
@@ -156,7 +157,7 @@ class Home:
         self._sources = sources
         self._store = Store(folder / "store")
         self._store.sweep()
-        self._registry = Registry(f"sqlite:///{folder / 'registry.db'}")
+        self._registry = Registry(Database.of(folder))
         self._ingest = Ingest(self._store, self._registry, BASE, RULES)
 
     def check(self, world: World) -> None:
@@ -351,7 +352,7 @@ def test_bytes_are_on_disk_before_their_name_and_that_before_the_record(
     tmp_path: Path, events: list[tuple[str, Path | None]]
 ) -> None:
     store = Store(tmp_path / "store")
-    registry = Registry(f"sqlite:///{tmp_path / 'registry.db'}")
+    registry = Registry(Database.of(tmp_path))
     ingest = Ingest(store, registry, BASE, RULES)
 
     def ascending(*wanted: tuple[str, Path | None]) -> None:

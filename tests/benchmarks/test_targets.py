@@ -51,12 +51,12 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
 
 
 def states(server: Server) -> set[str]:
-    return {process.status() for process in server._tree()}
+    return {process.status() for process in server.processes()}
 
 
 def test_its_whole_life(server: Server) -> None:
     assert server.start() > 0
-    pids = {process.pid for process in server._tree()}
+    pids = {process.pid for process in server.processes()}
     assert len(pids) == 2
     cores = f"0-{psutil.cpu_count() - 1}"
     assert httpx.get(server.url).text == f"{cores} None"

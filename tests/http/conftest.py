@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 import uvicorn
+from fastapi import FastAPI
 
 from server import app
 from server.config import Settings
@@ -26,6 +27,7 @@ class Running:
     """A server, and the inside of it that HTTP does not show."""
 
     url: str
+    app: FastAPI
     serving: Serving
     engines: list[Any]
     said: list[str]
@@ -75,7 +77,7 @@ def serve(chosen: Settings, base_folder: Path) -> Iterator[Running]:
             assert ready.wait(60)
             assert errors == [None], errors
             port = listener.getsockname()[1]
-            yield Running(f"http://127.0.0.1:{port}", serving, engines, said)
+            yield Running(f"http://127.0.0.1:{port}", http, serving, engines, said)
         finally:
             server.should_exit = True
             thread.join()

@@ -56,7 +56,7 @@ async def test_before_the_engine_can_answer(serving: Serving) -> None:
     transport = httpx.ASGITransport(app=http)
     async with (
         http.router.lifespan_context(http),
-        httpx.AsyncClient(transport=transport, base_url="http://test") as client,
+        httpx.AsyncClient(transport=transport, base_url="http://localhost") as client,
     ):
         assert (await client.get("/health")).status_code == 200
         assert (await client.get("/v1/adapters")).status_code == 200

@@ -157,11 +157,12 @@ async def test_an_api_key_cannot_take_all_of_a_queue(
 ) -> None:
     flags = ("--max-num-seqs", "1", "--max-waiting-per-key", "2")
     async with served(home, base_folder, make_adapter, *flags) as (server, client):
-        gateway = server.gateway
+        gateway, keys = server.gateway, server.serving.keys
+        made = {name: keys.create(name, ("infer",))[1] for name in ("greedy", "modest")}
 
         async def with_key(key: str, tokens: int) -> httpx.Response:
             asked = {"prompt": "Hi", "max_tokens": tokens, "ignore_eos": True}
-            headers = {"authorization": f"Bearer {key}"}
+            headers = {"authorization": f"Bearer {made[key]}"}
             return await client.post(TEXT, json=asked, headers=headers)
 
         greedy = [asyncio.create_task(with_key("greedy", 60)) for _ in range(3)]
@@ -270,7 +271,7 @@ async def test_metrics_say_who_waits(
     home: Path, base_folder: Path, make_adapter: MakeAdapter
 ) -> None:
     async with served(home, base_folder, make_adapter, "--max-num-seqs", "1") as (server, client):
-        sent = [asyncio.create_task(ask(client, "one", 60)) for _ in range(3)]
+        sent = [asyncio.create_task(ask(client, "one", 300)) for _ in range(3)]
         gateway = server.gateway
         await until(lambda: len(gateway.admission) == 2)
         text = (await client.get("/metrics")).text

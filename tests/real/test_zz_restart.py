@@ -56,13 +56,14 @@ def test_killed_and_started_again(
 
 
 def test_sigterm_ends_the_server_and_all_of_it(server: Server) -> None:
-    busy = threading.Thread(target=stream, args=(server, "base"))
-    busy.start()
-    time.sleep(1)
+    asked = {"prompt": "On", "max_tokens": 60, "ignore_eos": True, "stream": True}
     assert server.process is not None
     processes = descendants(server.process.pid)
-    server.kill(signal.SIGTERM)
-    assert server.process.returncode == 0, server.log
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=asked, timeout=60) as running:
+        lines = running.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        assert "data: [DONE]" in list(lines)
+    assert server.process.wait(30) == 0, server.log
     assert gone(processes, within_s=5), alive(processes)
-    busy.join()
     assert os.path.exists(server.home / "registry.db")

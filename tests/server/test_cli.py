@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from adapters.base import BaseSpec
+from adapters.database import Database
 from adapters.demo import WEIGHTS
 from adapters.ingest import Ingest, Rules
 from adapters.registry import Registry
@@ -65,6 +66,58 @@ def test_a_port_that_is_taken(home: Path) -> None:
         assert "Address already in use" in complaint(serve("--port", port, home=home))
 
 
+def test_nobody_else_comes_in_without_a_key(home: Path, free_port: str) -> None:
+    open_to_all = ("--host", "0.0.0.0", "--port", free_port, "--model", "/nowhere")
+    assert "without API keys" in complaint(serve(*open_to_all, home=home))
+    assert not (home / "registry.db").exists()
+    for more in (["--insecure"], ["--admin-key", "0123456789abcdef"]):
+        assert "no such folder" in complaint(serve(*open_to_all, *more, home=home))
+    done = keys(home, "create", "ci", "--scope", "infer")
+    assert done.stdout.startswith("lpx_")
+    assert "no such folder" in complaint(serve(*open_to_all, home=home))
+
+
+def test_two_servers_cannot_share_a_state_folder(home: Path, free_port: str) -> None:
+    holder = "import fcntl, sys; f = open(sys.argv[1], 'w'); fcntl.flock(f, 2); f.write('77'); "
+    holder += "f.flush(); print('held', flush=True); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", holder, home / "lock"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as other:
+        assert other.stdout is not None and other.stdin is not None
+        assert other.stdout.readline() == "held\n"
+        assert "another server (process 77)" in complaint(serve("--port", free_port, home=home))
+        other.stdin.write("\n")
+
+
+def keys(home: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "server.cli", "keys", *arguments, "--home", str(home)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_keys_on_the_command_line(tmp_path: Path) -> None:
+    """A new state folder is made for the first one; the token is all there is on stdout."""
+    home = tmp_path / "new"
+    made = keys(
+        *(home, "create", "team a", "--scope", "infer", "--scope", "adapters:read"),
+        *("--adapters", "a.*", "--adapters", "base", "--tokens-per-minute", "5000"),
+        *("--expires-days", "30", "--stored-mb", "10"),
+    )
+    token = made.stdout.strip()
+    id = token.split("_")[1]
+    assert made.returncode == 0 and token.startswith("lpx_") and id in made.stderr
+    listed = keys(home, "list").stdout
+    assert id in listed and "team a" in listed and token not in listed
+    rotated = keys(home, "rotate", id, "--grace-s", "60")
+    assert rotated.returncode == 0 and rotated.stdout.strip() not in ("", token)
+    assert keys(home, "revoke", id).returncode == 0
+    assert "revoked" in keys(home, "list").stdout
+    for wrong in (["revoke", "nobody"], ["rotate", id], ["create", "x", "--scope", "root"]):
+        assert complaint(keys(home, *wrong)).startswith("loraplex: ")
+
+
 def test_a_flag_that_nobody_knows(home: Path, free_port: str) -> None:
     assert "--no-such-flag" in complaint(
         serve("--no-such-flag", "3", "--port", free_port, home=home)
@@ -96,7 +149,7 @@ def verify(home: Path) -> subprocess.CompletedProcess[str]:
 def test_verify_reads_every_byte(tmp_path: Path, base_folder: Path) -> None:
     assert "no state folder" in complaint(verify(tmp_path))
     store = Store(tmp_path / "store")
-    registry = Registry(f"sqlite:///{tmp_path / 'registry.db'}")
+    registry = Registry(Database.of(tmp_path))
     ingest = Ingest(store, registry, BaseSpec.read(base_folder, "tiny"), Rules(64))
     for name in ("sql", "code"):
         with store.staging() as folder:

@@ -56,6 +56,14 @@ def test_every_problem_is_a_line() -> None:
     assert any(line.startswith("--max-loras / LORAPLEX_MAX_LORAS: ") for line in lines)
 
 
+def test_an_admin_key_can_not_be_guessed() -> None:
+    with pytest.raises(ConfigError, match=r"--admin-key / LORAPLEX_ADMIN_KEY: .*16"):
+        Settings.read(["--admin-key", "short"])
+    settings = Settings.read(["--admin-key", "0123456789abcdef"])
+    assert settings.admin_token == "0123456789abcdef"
+    assert "0123456789abcdef" not in repr(settings)
+
+
 def test_compile_is_a_third_thing_when_left_out() -> None:
     said = [Settings.read(flags).compile for flags in ([], ["--compile"], ["--no-compile"])]
     assert said == [None, True, False]

@@ -1,0 +1,383 @@
+"""Hours in minutes: a server at 80 % of what it can do, while adapters come, move and go.
+
+`python -m benchmarks.soak --minutes 120` starts a server, finds out what it can do, then sends it
+four fifths of that, as a Poisson process, to the base and to adapters by popularity. All the time
+adapters are uploaded, replaced under a moving alias, loaded, refused and deleted. What should fail
+does, and nothing else may. Memory, files, threads, tasks, series and the store's size are noted
+every few seconds: all of them have to be flat at the end.
+"""
+
+import asyncio
+import itertools
+import json
+import random
+import statistics
+import tempfile
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import aiohttp
+import typer
+
+from adapters.base import BaseSpec
+from benchmarks import adapters, machine
+from benchmarks.load import OpenAI, connect
+from benchmarks.targets import ROOT, Material, Server
+from benchmarks.workload import Request, Target
+from server.config import DEFAULT_MODEL, Settings
+from server.engine import base_model
+from server.engine.launch import ENVIRONMENT
+
+CACHE = ROOT / ".cache"
+RESULTS = Path(__file__).parent / "results" / "soak"
+SHARE = 0.8  # of what the server can do
+FINDING_S = 30  # that finding out takes
+STREAMS = 16  # while it does
+PROMPT, OUTPUT = (8, 64), (8, 48)  # tokens, uniformly
+VOCABULARY = 20_000
+STOCK, FEWEST, MOST = 40, 8, 16  # adapters on disk, and live ones between these
+CHURN_S = 2.0  # between two changes
+REST_S = 120.0  # that one is no longer asked for before it is deleted
+SAMPLE_S = 5.0
+FLAT = 1.05  # last fifth over the middle fifth, at most
+QUANTITIES = ("rss_mib", "files", "threads", "tasks", "series", "store_mib")
+
+
+@dataclass
+class Live:
+    """What is served now: adapters that may be asked for, and those that rest before they go."""
+
+    names: list[str] = field(default_factory=list)
+    resting: list[tuple[float, str]] = field(default_factory=list)
+
+
+@dataclass
+class Book:
+    """What has happened."""
+
+    samples: list[dict[str, float]] = field(default_factory=list)
+    done: int = 0
+    failed: list[str] = field(default_factory=list)
+    changes: Counter[str] = field(default_factory=Counter)
+    intended: Counter[int] = field(default_factory=Counter)  # 4xx, by status
+
+
+def main(
+    minutes: Annotated[float, typer.Option(min=0.5, help="How long the load lasts.")] = 10.0,
+    out: Annotated[Path, typer.Option(help="Folder of the results.")] = RESULTS,
+    seed: Annotated[int, typer.Option(help="Of all that is random.")] = 1,
+) -> None:
+    """Run the load, write its data, a summary and a plot; exit code 1 if anything was not well."""
+    described = machine.describe(ROOT)
+    base = base_model.fetch(Settings.read(["--home", str(CACHE / "loraplex")]), print)
+    (CACHE / "benchmarks").mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="soak-", dir=CACHE / "benchmarks") as scratch:
+        folders = _stock(base, Path(scratch) / "stock")
+        own = Path(scratch) / "server"
+        flags = ("--max-loras", "4", "--max-cpu-loras", "8", "--max-lora-rank", "16")
+        server = Server(
+            "loraplex",
+            Target(kind="loraplex", flags=flags),
+            ENVIRONMENT,
+            Material(base, {}, CACHE / "benchmarks" / "gguf"),
+            own,
+        )
+        try:
+            _say(f"ready after {server.start():.0f} s")
+            book, rate = asyncio.run(_soak(server, own, folders, minutes * 60, seed))
+        finally:
+            server.stop()
+    summary = summarise(book, rate) | {"minutes": minutes, "machine": described}
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "samples.json").write_text(json.dumps(book.samples, separators=(",", ":")) + "\n")
+    (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    plot(book.samples, out / "soak.png")
+    print(json.dumps({k: v for k, v in summary.items() if k != "machine"}, indent=1))
+    raise typer.Exit(0 if summary["well"] else 1)
+
+
+def _stock(base: Path, into: Path) -> list[Path]:
+    shapes = BaseSpec.read(base, DEFAULT_MODEL).linears
+    few = {path: shapes[path] for path in shapes if path.endswith(("q_proj", "v_proj"))}
+    folders = []
+    for number in range(STOCK):
+        folders.append(into / str(number))
+        folders[-1].mkdir(parents=True)
+        adapters.write_plain(folders[-1], few, number, 8 if number % 2 else 16)
+    return folders
+
+
+async def _soak(
+    server: Server, own: Path, folders: list[Path], seconds: float, seed: int
+) -> tuple[Book, float]:
+    book, live, dice = Book(), Live(), random.Random(seed)
+    async with aiohttp.ClientSession(server.url) as http:
+        churn = Churn(http, folders, live, book, random.Random(seed + 1))
+        for _ in range(FEWEST):
+            await churn.upload()
+        rate = await _capacity(server, live, dice)
+        _say(f"it can do {rate:.2f} requests/s; sending {SHARE * rate:.2f} for {seconds:.0f} s")
+        end = time.monotonic() + seconds
+        async with _going(churn.go), _going(lambda: _sample(server, own, http, book)):
+            await _send(server, live, book, dice, SHARE * rate, end)
+    return book, SHARE * rate
+
+
+@asynccontextmanager
+async def _going(work: Callable[[], Any]) -> AsyncIterator[None]:
+    """`work` goes on meanwhile; what it raises is raised here."""
+    task = asyncio.create_task(work())
+    try:
+        yield
+        if task.done():
+            task.result()
+    finally:
+        task.cancel()
+
+
+def _request(live: Live, dice: random.Random) -> Request:
+    """For the base, or for an adapter: the n-th as often as 1/n."""
+    names = ["", *live.names]
+    weights = [1 / place for place in range(1, len(names) + 1)]
+    prompt = tuple(dice.randrange(1, VOCABULARY) for _ in range(dice.randint(*PROMPT)))
+    adapter = dice.choices(names, weights)[0] or None
+    return Request(stream=0, prompt=prompt, output=dice.randint(*OUTPUT), adapter=adapter)
+
+
+async def _capacity(server: Server, live: Live, dice: random.Random) -> float:
+    """Requests a second that it completes when there are always enough of them."""
+    done = 0
+    async with connect(server.url, OpenAI()) as client:
+
+        async def stream() -> None:
+            nonlocal done
+            while client.now() < FINDING_S:
+                reply = await client.ask(_request(live, dice))
+                if reply.error:
+                    raise RuntimeError(reply.error)
+                done += 1
+
+        await asyncio.gather(*(stream() for _ in range(STREAMS)))
+        return done / client.now()
+
+
+async def _send(
+    server: Server, live: Live, book: Book, dice: random.Random, rate: float, end: float
+) -> None:
+    running: set[asyncio.Task[None]] = set()
+    async with connect(server.url, OpenAI()) as client:
+
+        async def ask(request: Request) -> None:
+            reply = await client.ask(request)
+            book.done += 1
+            if reply.error:
+                book.failed.append(f"{request.adapter}: {reply.error}")
+
+        while time.monotonic() < end:
+            task = asyncio.create_task(ask(_request(live, dice)))
+            running.add(task)
+            task.add_done_callback(running.discard)
+            await asyncio.sleep(dice.expovariate(rate))
+        await asyncio.gather(*running)
+
+
+class Churn:
+    """Adapters that come, move and go."""
+
+    def __init__(
+        self,
+        http: aiohttp.ClientSession,
+        folders: list[Path],
+        live: Live,
+        book: Book,
+        dice: random.Random,
+    ) -> None:
+        self._http = http
+        self._folders = folders
+        self._live = live
+        self._book = book
+        self._dice = dice
+        self._numbers = itertools.count()
+
+    async def go(self) -> None:
+        """A change every CHURN_S, for ever."""
+        ways = (self.upload, self.replace, self.retire, self.load, self.refused, self.unknown)
+        while True:
+            await asyncio.sleep(CHURN_S)
+            await self._dice.choice(ways)()
+            while self._live.resting and self._live.resting[0][0] < time.monotonic():
+                _, name = self._live.resting.pop(0)
+                await self._call("delete", "DELETE", f"/v1/adapters/{name}")
+
+    async def upload(self) -> None:
+        """Another adapter, unless there are enough."""
+        if len(self._live.names) >= MOST:
+            return
+        name = f"a{next(self._numbers)}"
+        await self._send("upload", name, self._dice.choice(self._folders))
+        # Where it comes in is how popular it is.
+        self._live.names.insert(self._dice.randrange(len(self._live.names) + 1), name)
+
+    async def replace(self) -> None:
+        """Another version, and an alias that moves to it."""
+        name = self._dice.choice(self._live.names)
+        version = await self._send("replace", name, self._dice.choice(self._folders))
+        path = f"/v1/adapters/{name}/aliases/prod"
+        await self._call("alias", "PUT", path, json={"version": version["version"]})
+
+    async def retire(self) -> None:
+        """One that nobody asks for any more, to be deleted when its last request is over."""
+        if len(self._live.names) > FEWEST:
+            name = self._live.names.pop(self._dice.randrange(len(self._live.names)))
+            self._live.resting.append((time.monotonic() + REST_S, name))
+
+    async def load(self) -> None:
+        """A hint, which a server that is busy may refuse."""
+        name = self._dice.choice(self._live.names)
+        await self._call("load", "POST", f"/v1/adapters/{name}/load", may=429)
+
+    async def refused(self) -> None:
+        """An upload that is none."""
+        form = aiohttp.FormData({"name": "bad"})
+        form.add_field("files", b"{}", filename="adapter_config.json")
+        form.add_field("files", b"nothing", filename="adapter_model.safetensors")
+        await self._call("refused", "POST", "/v1/adapters", data=form, must=422)
+
+    async def unknown(self) -> None:
+        """A request for what there is not."""
+        body = {"model": "nobody", "prompt": "x"}
+        await self._call("unknown", "POST", "/v1/completions", json=body, must=404)
+
+    async def _send(self, what: str, name: str, folder: Path) -> dict[str, Any]:
+        form = aiohttp.FormData({"name": name})
+        for file in ("adapter_config.json", "adapter_model.safetensors"):
+            form.add_field("files", (folder / file).read_bytes(), filename=file)
+        return await self._call(what, "POST", "/v1/adapters", data=form)
+
+    async def _call(
+        self,
+        what: str,
+        method: str,
+        path: str,
+        *,
+        must: int | None = None,
+        may: int | None = None,
+        **body: Any,
+    ) -> dict[str, Any]:
+        async with self._http.request(method, path, **body) as response:
+            answer: dict[str, Any] = await response.json()
+        self._book.changes[what] += 1
+        if response.status in (must, may):
+            self._book.intended[response.status] += 1
+        elif must is not None or response.status >= 400:
+            self._book.failed.append(f"{what}: {response.status} {json.dumps(answer)[:300]}")
+        return answer
+
+
+async def _sample(server: Server, own: Path, http: aiohttp.ClientSession, book: Book) -> None:
+    began = time.monotonic()
+    while True:
+        async with http.get("/metrics") as response:
+            lines = (await response.text()).splitlines()
+        series = [line for line in lines if not line.startswith("#")]
+        tasks = next(line for line in series if line.startswith("loraplex_tasks "))
+        tree = server.processes()
+        book.samples.append(
+            {
+                "s": round(time.monotonic() - began, 1),
+                "rss_mib": round(sum(each.memory_info().rss for each in tree) / 2**20, 1),
+                "files": sum(each.num_fds() for each in tree),
+                "threads": sum(each.num_threads() for each in tree),
+                "tasks": float(tasks.split()[1]),
+                "series": len(series),
+                "store_mib": round(await asyncio.to_thread(_size, own / "home" / "store"), 2),
+                "done": book.done,
+            }
+        )
+        if len(book.samples) % 12 == 0:
+            _say(f"{book.done} requests, {len(book.failed)} failed, {book.samples[-1]}")
+        await asyncio.sleep(SAMPLE_S)
+
+
+def _size(folder: Path) -> float:
+    total = 0
+    for path in folder.rglob("*"):
+        try:
+            total += path.stat().st_size if path.is_file() else 0
+        except FileNotFoundError:  # deleted meanwhile
+            continue
+    return total / 2**20
+
+
+def summarise(book: Book, rate: float) -> dict[str, Any]:
+    """What came of it: failures, and for each quantity its slope and whether it is flat.
+
+    `slope_per_hour` is of a line through the second half by least squares; `drift` is the median of
+    the last fifth over that of the middle one, which has to be at most FLAT.
+    """
+    count = len(book.samples)
+    trends = {}
+    for name in QUANTITIES:
+        values = [sample[name] for sample in book.samples]
+        middle = statistics.median(values[2 * count // 5 : 3 * count // 5])
+        last = statistics.median(values[4 * count // 5 :])
+        half = book.samples[count // 2 :]
+        slope, _ = statistics.linear_regression(
+            [sample["s"] for sample in half], [sample[name] for sample in half]
+        )
+        trends[name] = {
+            "middle": middle,
+            "last": last,
+            "drift": round(last / middle, 4) if middle else 1.0,
+            "slope_per_hour": round(slope * 3600, 3),
+        }
+    flat = all(trend["drift"] <= FLAT for trend in trends.values())
+    return {
+        "well": flat and not book.failed and book.done > 0,
+        "requests": book.done,
+        "requests_per_s": round(rate, 2),
+        "failed": book.failed[:20],
+        "changes": dict(book.changes),
+        "intended_4xx": {str(status): n for status, n in book.intended.items()},
+        "trends": trends,
+    }
+
+
+def plot(samples: list[dict[str, float]], to: Path) -> None:
+    """Each quantity over time."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    names = {
+        "rss_mib": "memory of all processes, MiB",
+        "files": "open files",
+        "threads": "threads",
+        "tasks": "tasks of the event loop",
+        "series": "series at /metrics",
+        "store_mib": "size of the store, MiB",
+    }
+    figure, panels = pyplot.subplots(2, 3, figsize=(12, 5), sharex=True, layout="constrained")
+    for panel, (name, title) in zip(panels.flat, names.items(), strict=True):
+        panel.plot([s["s"] / 60 for s in samples], [s[name] for s in samples], linewidth=1)
+        panel.set_ylim(bottom=0)
+        panel.set_title(title, fontsize=10)
+        panel.grid(alpha=0.3)
+    for panel in panels[1]:
+        panel.set_xlabel("minutes")
+    figure.savefig(to, dpi=120)
+    pyplot.close(figure)
+
+
+def _say(line: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
+
+
+if __name__ == "__main__":
+    typer.run(main)
