@@ -15,6 +15,19 @@ from vllm.entrypoints.serve.tokenize.protocol import (
     TokenizeChatRequest,
     TokenizeCompletionRequest,
 )
+from vllm.exceptions import VLLMClientError as RefusedError
+
+__all__ = [
+    "Adapted",
+    "ChatRequest",
+    "CountTokensRequest",
+    "DetokenizeRequest",
+    "MessagesRequest",
+    "RefusedError",  # what the bodies' own checks raise, past pydantic
+    "ResponsesRequest",
+    "TextRequest",
+    "TokenizeRequest",
+]
 
 
 class Adapted(BaseModel):

@@ -92,10 +92,19 @@ def _form(required: list[str], fields: Json, **others: Json) -> Json:
     return {"requestBody": {"required": True, "content": content}}
 
 
+_ANSWERS: dict[int | str, Json] = {
+    200: {
+        "description": "The adapter has these bytes already; or the progress of an import.",
+        "content": {"application/json": {}, "text/event-stream": {"schema": {"type": "string"}}},
+    },
+    202: {"description": "The import goes on.", "content": {"application/json": {}}},
+}
 _JSON = {"application/json": {"schema": ImportRequest.model_json_schema()}}
 
 
-@router.post("", status_code=201, openapi_extra=_form(["name"], _FIELDS, **_JSON))
+@router.post(
+    "", status_code=201, responses=_ANSWERS, openapi_extra=_form(["name"], _FIELDS, **_JSON)
+)
 async def add(
     request: Request,
     serving: Served,

@@ -9,6 +9,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from adapters.errors import AdapterError
+from server.engine.handlers import explain
+from server.engine.requests import RefusedError
 from server.errors import RETRY_AFTER_S, NoKey, RateLimited, ServerError, body, describe
 
 _ANTHROPIC = {404: "not_found_error", 413: "request_too_large", 503: "overloaded_error"}
@@ -27,6 +29,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(ServerError, _ours)
     app.add_exception_handler(AdapterError, _ours)
     app.add_exception_handler(RequestValidationError, _invalid)
+    app.add_exception_handler(RefusedError, _refused)
     app.add_exception_handler(HTTPException, _http)
     app.add_exception_handler(Exception, _unexpected)
 
@@ -55,6 +58,11 @@ async def _invalid(request: Request, error: Exception) -> JSONResponse:
     return failure(
         request, 400, "; ".join(dict.fromkeys(said)), "invalid_request", where[0] or None
     )
+
+
+async def _refused(request: Request, error: Exception) -> JSONResponse:
+    said = explain(error).error
+    return failure(request, said.code, said.message, "invalid_request", said.param)
 
 
 async def _http(request: Request, error: Exception) -> JSONResponse:

@@ -17,6 +17,10 @@ ERRORS = {
     WRITE: (400, 404, 409, 412, 413, 422, 502, 504, 507),
     ADMIN: (400, 404, 409),
 }
+# Calls that can answer with server-sent events.
+STREAMS = {
+    ("POST", f"/v1/{name}") for name in ("chat/completions", "completions", "responses", "messages")
+}
 MEANINGS = {
     400: "The request is not what it should be.",
     401: "No API key, or one that does not hold.",
@@ -97,6 +101,8 @@ def _complete(made: dict[str, Any]) -> dict[str, Any]:
             if scope is not None:
                 call["security"] = [{"key": []}]
                 call["description"] = f"{call.get('description', '')}\n\nScope: `{scope}`."
+            if (method.upper(), path) in STREAMS:
+                call["responses"]["200"]["content"]["text/event-stream"] = {"schema": _TEXT}
             for status in (*ERRORS[scope], *(GUARDED if scope else (503,))):
                 call["responses"][str(status)] = _response(path, status)
     return made

@@ -1,6 +1,7 @@
 """Operations: is the process alive, can the engine answer, what are its numbers."""
 
 from fastapi import APIRouter, Response
+from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from server.errors import EngineNotReady
@@ -25,7 +26,7 @@ async def ready(serving: Served) -> Json:
     return {"status": "ready", "base": serving.settings.base_name}
 
 
-@router.get("/metrics")
+@router.get("/metrics", response_class=PlainTextResponse)
 async def metrics(serving: Served) -> Response:
     """Our series and vLLM's, for Prometheus."""
     await serving.metrics.look()

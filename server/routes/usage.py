@@ -17,7 +17,7 @@ DAY_S = 86400
 Moment = Annotated[int | None, Query(ge=0, le=LAST, description="Seconds since the epoch.")]
 
 
-@router.get("")
+@router.get("", responses={200: {"content": {"text/csv": {"schema": {"type": "string"}}}}})
 def used(
     serving: Served,
     since: Moment = None,

@@ -34,7 +34,7 @@ class UnloadRequest(BaseModel):
     lora_name: str = Field(description="Name of the adapter.")
 
 
-@router.post("/load_lora_adapter")
+@router.post("/load_lora_adapter", response_class=PlainTextResponse)
 async def load(asked: LoadRequest, serving: Served, asker: Asker) -> PlainTextResponse:
     """Imports an adapter, as POST /v1/adapters does: it stays, also after a restart."""
     scheme = "file" if asked.lora_path.startswith("/") else "hf"
@@ -45,7 +45,7 @@ async def load(asked: LoadRequest, serving: Served, asker: Asker) -> PlainTextRe
     return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' added successfully.")
 
 
-@router.post("/unload_lora_adapter")
+@router.post("/unload_lora_adapter", response_class=PlainTextResponse)
 async def unload(asked: UnloadRequest, serving: Served, asker: Asker) -> PlainTextResponse:
     """Deletes an adapter with all its versions, as DELETE /v1/adapters/{name} does."""
     if not asker.sees(asked.lora_name):

@@ -254,3 +254,23 @@ def test_a_deleted_adapter_finishes_its_streams_and_then_its_bytes_go(
         time.sleep(0.02)
     assert not running.serving.store.has(digest)
     assert running.serving.gateway.residency.tier(digest) == "disk"
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x"}], "tools": []}),
+        ("/v1/completions", {"prompt": None}),
+        (
+            "/tokenize",
+            {"messages": [], "add_generation_prompt": True, "continue_final_message": True},
+        ),
+    ],
+)
+def test_what_vllms_bodies_refuse_past_pydantic_is_a_400(
+    http: httpx.Client, path: str, body: dict[str, Any]
+) -> None:
+    reply = http.post(path, json=body)
+    assert reply.status_code == 400
+    assert reply.json()["error"]["code"] == "invalid_request"
+    assert reply.json()["error"]["message"]
