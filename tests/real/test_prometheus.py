@@ -53,7 +53,8 @@ def prometheus(server: Server, tmp_path_factory: pytest.TempPathFactory) -> Iter
     config = re.sub(r"scrape_interval: \S+", f"scrape_interval: {SCRAPE_S}s", given)
     config = re.sub(r"scrape_timeout: \S+", f"scrape_timeout: {SCRAPE_S}s", config)
     config = re.sub(r"loraplex:8000", f"127.0.0.1:{server.port}", config)
-    config = re.sub(r"/\S*alerts.yml", str(DEPLOY / "prometheus" / "alerts.yml"), config)
+    rules = DEPLOY / "prometheus" / "alerts.yml"
+    config = config.replace("- alerts.yml", f"- {rules}")
     (folder / "key").write_text("there-are-no-keys")
     config = re.sub(r"credentials_file: \S+", f"credentials_file: {folder / 'key'}", config)
     (folder / "prometheus.yml").write_text(config)
