@@ -95,6 +95,7 @@ async def load(front: str, stop: asyncio.Event) -> tuple[Counter[str], list[str]
     return well, failed
 
 
+@pytest.mark.timeout(900)  # four starts, two of them beside load
 def test_a_rolling_restart_fails_no_request(pair: list[Server], front: str) -> None:
     async def restart() -> None:
         for server in pair:
