@@ -32,6 +32,7 @@ from benchmarks.workload import Request, Target
 from server.config import DEFAULT_MODEL, Settings
 from server.engine import base_model
 from server.engine.launch import ENVIRONMENT
+from server.logs import say
 
 CACHE = ROOT / ".cache"
 RESULTS = Path(__file__).parent / "results" / "soak"
@@ -88,7 +89,7 @@ def main(
             own,
         )
         try:
-            _say(f"ready after {server.start():.0f} s")
+            say(f"ready after {server.start():.0f} s")
             book, rate = asyncio.run(_soak(server, own, folders, minutes * 60, seed))
         finally:
             server.stop()
@@ -121,7 +122,7 @@ async def _soak(
         for _ in range(FEWEST):
             await churn.upload()
         rate = await _capacity(server, live, dice)
-        _say(f"it can do {rate:.2f} requests/s; sending {SHARE * rate:.2f} for {seconds:.0f} s")
+        say(f"it can do {rate:.2f} requests/s; sending {SHARE * rate:.2f} for {seconds:.0f} s")
         end = time.monotonic() + seconds
         async with _going(churn.go), _going(lambda: _sample(server, own, http, book)):
             await _send(server, live, book, dice, SHARE * rate, end)
@@ -300,7 +301,7 @@ async def _sample(server: Server, own: Path, http: aiohttp.ClientSession, book: 
             }
         )
         if len(book.samples) % 12 == 0:
-            _say(f"{book.done} requests, {len(book.failed)} failed, {book.samples[-1]}")
+            say(f"{book.done} requests, {len(book.failed)} failed, {book.samples[-1]}")
         await asyncio.sleep(SAMPLE_S)
 
 
@@ -373,10 +374,6 @@ def plot(samples: list[dict[str, float]], to: Path) -> None:
         panel.set_xlabel("minutes")
     figure.savefig(to, dpi=120)
     pyplot.close(figure)
-
-
-def _say(line: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {line}", flush=True)
 
 
 if __name__ == "__main__":

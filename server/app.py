@@ -22,6 +22,7 @@ from server.gateway import Proving
 from server.imports import Imports
 from server.keys import Keys
 from server.routes import (
+    ENDING,
     Serving,
     adapters,
     failure,
@@ -137,7 +138,7 @@ async def drain(serving: Serving) -> None:
     serving.proving.give_up()
     serving.imports.stop()
     if serving.gateway is not None:
-        serving.gateway.close("This server is ending. Ask another, or again in a moment.")
+        serving.gateway.close(ENDING)
     await _idle(serving, FAREWELL_S)
 
 

@@ -7,6 +7,7 @@ import os
 import socket
 import sys
 import time
+from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
 from types import FrameType
@@ -160,9 +161,8 @@ def _keyed(settings: Settings) -> bool:
     """Whether requests need an API key. Raises ConfigError if others could come without one."""
     keyed = settings.admin_key is not None
     if not keyed and (settings.home / FILE).is_file():
-        database = Database.of(settings.home)
-        keyed = Keys(database).wanted()
-        database.close()
+        with closing(Database.of(settings.home)) as database:
+            keyed = Keys(database).wanted()
     if keyed or settings.insecure or is_loopback(settings.host):
         return keyed
     raise ConfigError(

@@ -1,7 +1,7 @@
 """The commands that work on a state folder and need no server: adapters verify, keys, usage."""
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Annotated, Any
@@ -155,24 +155,19 @@ def usage(
     since_hours: Annotated[float, typer.Option(help="How far back.")] = 24.0, home: Home = None
 ) -> None:
     """Print requests and tokens by API key and adapter, an hour each, as CSV."""
-    with _complaining():
-        database = Database.of(_existing(home))
+    with _complaining(), closing(Database.of(_existing(home))) as database:
         until = datetime.now(UTC)
         rows = Usage(database).read(until - timedelta(hours=since_hours), until)
         for line in as_csv(rows):
             print(line, end="")
-        database.close()
 
 
 def _with_keys(home: Path | None, work: Callable[[Keys], Any]) -> Any:
     with _complaining():
         folder = _folder(home)
         folder.mkdir(parents=True, exist_ok=True)
-        database = Database.of(folder)
-        try:
+        with closing(Database.of(folder)) as database:
             return work(Keys(database))
-        finally:
-            database.close()
 
 
 def _folder(home: Path | None) -> Path:

@@ -399,7 +399,7 @@ class Gateway:
 
     def _ticket(self, lora: LoRARequest | None, prompt: int, most: int, seats: int = 1) -> Ticket:
         call = current.get(Call(""))
-        adapter = call.version.adapter if call.version else self.base_names[0]
+        adapter = call.adapter or self.base_names[0]
         return Ticket(adapter, lora.lora_name if lora else None, prompt, most, call.key.id, seats)
 
     @asynccontextmanager

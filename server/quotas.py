@@ -33,10 +33,9 @@ class Quotas:
             raise RateLimited(
                 f"This key may have {limits.concurrent_requests} requests at once, and has them.", 1
             )
-        if limits.tokens_per_minute:
-            item = RateLimitItemPerMinute(limits.tokens_per_minute, namespace="tokens")
-            if not self._tokens.test(item, key.id):
-                raise _used_up(self._tokens, item, key, "tokens")
+        item = _tokens(key)
+        if item is not None and not self._tokens.test(item, key.id):
+            raise _used_up(self._tokens, item, key, "tokens")
         if limits.requests_per_minute:
             item = RateLimitItemPerMinute(limits.requests_per_minute, namespace="requests")
             if not self._requests.hit(item, key.id):
@@ -48,9 +47,13 @@ class Quotas:
         self._running[key.id] -= 1
         if not self._running[key.id]:
             del self._running[key.id]
-        if tokens and key.limits.tokens_per_minute:
-            item = RateLimitItemPerMinute(key.limits.tokens_per_minute, namespace="tokens")
+        if tokens and (item := _tokens(key)) is not None:
             self._tokens.hit(item, key.id, cost=tokens)
+
+
+def _tokens(key: Key) -> RateLimitItem | None:
+    limit = key.limits.tokens_per_minute
+    return RateLimitItemPerMinute(limit, namespace="tokens") if limit else None
 
 
 def _used_up(limiter: RateLimiter, item: RateLimitItem, key: Key, what: str) -> RateLimited:

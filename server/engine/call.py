@@ -35,6 +35,11 @@ class Call:
     steps: list[tuple[str, float, float]] = field(default_factory=list)
     error: Exception | None = None
 
+    @property
+    def adapter(self) -> str | None:
+        """The name of the adapter that it runs on; None for the base."""
+        return self.version.adapter if self.version else None
+
 
 # vLLM's handlers look an adapter up by name, more than once, in tasks and objects of their own.
 # What a name means is decided once a request, so it travels with the request.

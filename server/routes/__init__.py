@@ -22,6 +22,8 @@ from server.quotas import Quotas
 from server.traffic import Traffic
 from server.usage import Usage
 
+ENDING = "This server is ending. Ask another, or again in a moment."
+
 
 @dataclass
 class Serving:

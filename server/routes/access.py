@@ -13,8 +13,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from server.config import is_loopback
 from server.errors import EngineNotReady, Forbidden, NoKey, ServerError
-from server.keys import ADMIN, ANYBODY, INFER, READ, WRITE, Key
-from server.routes import Serving
+from server.keys import ADMIN, ANYBODY, INFER, READ, WRITE, Key, Keys
+from server.routes import ENDING, Serving
 from server.routes.failure import respond
 
 PUBLIC = None
@@ -66,7 +66,7 @@ ACCESS: dict[tuple[str, str], str | None] = {
 
 INFERENCE = {route for route, scope in ACCESS.items() if scope == INFER and route[0] == "POST"}
 # What a server that ends goes on answering.
-_TO_THE_END = {"/health", "/ready", "/metrics"}
+_TO_THE_END = {"/health", "/metrics"}
 
 
 class Guard:
@@ -104,7 +104,7 @@ class Guard:
             return ANYBODY
         request.state.route = path
         if self._serving.ending and path not in _TO_THE_END:
-            raise EngineNotReady("This server is ending. Ask another, or again in a moment.")
+            raise EngineNotReady(ENDING)
         method = "GET" if request.method == "HEAD" else request.method
         if (method, path) not in ACCESS:
             raise Forbidden(f"Nobody may call {method} {path}.")
@@ -112,17 +112,14 @@ class Guard:
         settings = self._serving.settings
         if needed is PUBLIC or (path == "/metrics" and settings.metrics_without_key):
             return ANYBODY
-        keys = self._serving.keys
-        if not await run_sync(keys.wanted):
-            if not settings.insecure:
-                _refuse_strangers(request)
-            return ANYBODY
         token = _token(request)
-        if not token:
+        key = await run_sync(_whose, self._serving.keys, token)
+        if key is None and not token:
             raise NoKey("This server needs an API key: send Authorization: Bearer KEY.")
-        key = await run_sync(keys.find, token)
         if key is None:
             raise NoKey("This API key does not exist, was revoked, or has expired.")
+        if key is ANYBODY and not settings.insecure:
+            _refuse_strangers(request)
         if not key.may(needed):
             raise Forbidden(f"This API key has not the scope {needed}, which this call needs.")
         return key
@@ -135,6 +132,13 @@ def _route(scope: Scope) -> str | None:
         if match is Match.FULL:
             return cast(str, route.path)
     return None
+
+
+def _whose(keys: Keys, token: str) -> Key | None:
+    """Who sends a token, ANYBODY where no keys are; None if one is needed and this is none."""
+    if not keys.wanted():
+        return ANYBODY
+    return keys.find(token) if token else None
 
 
 def _token(request: Request) -> str:

@@ -93,13 +93,11 @@ class Journal:
             outcome = _outcome(call, status, code, began)
             adapter = None
             if call is not None:
-                base = serving.settings.base_name
-                adapter = call.version.adapter if call.version else base
+                adapter = call.adapter or serving.settings.base_name
                 about |= _about(call, outcome)
             serving.traffic.count(adapter, outcome, now)
         if call is not None and (call.prompt_tokens or call.output_tokens):
-            name = call.version.adapter if call.version else BASE
-            serving.usage.add(key.id, name, call.prompt_tokens, call.output_tokens)
+            serving.usage.add(key.id, call.adapter or BASE, call.prompt_tokens, call.output_tokens)
         about = {name: value for name, value in about.items() if value is not None}
         if route not in _PROBES or status >= 400:
             logs.note("request", **about)
@@ -125,7 +123,7 @@ def _outcome(call: Call | None, status: int, code: str | None, began: float) -> 
 def _about(call: Call, outcome: Outcome) -> dict[str, Any]:
     """What the log says of a call; never what was asked or answered."""
     return {
-        "adapter": call.version.adapter if call.version else BASE,
+        "adapter": call.adapter or BASE,
         "version": call.version.number if call.version else None,
         "prompt_tokens": call.prompt_tokens,
         "output_tokens": call.output_tokens,

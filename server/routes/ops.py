@@ -4,7 +4,6 @@ from fastapi import APIRouter, Response
 from fastapi.responses import PlainTextResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
-from server.errors import EngineNotReady
 from server.routes import Json, Served
 
 router = APIRouter(tags=["operations"])
@@ -20,8 +19,6 @@ def health() -> Json:
 async def ready(serving: Served) -> Json:
     """200 once the engine can answer, 503 before that and when it, or the server, is ending."""
     gateway, _ = serving.ready()
-    if serving.ending:
-        raise EngineNotReady("This server is ending.")
     gateway.check()
     return {"status": "ready", "base": serving.settings.base_name}
 
