@@ -69,7 +69,8 @@ def test_the_parts_of_a_server(filled: Path, base_folder: Path) -> None:
 def test_lists_are_full_and_complete(filled: Path, base_folder: Path) -> None:
     settings = Settings.read(["--home", str(filled / "home"), "--no-demo-adapters"])
     serving = app.build(settings, base_folder)
-    client = TestClient(app.create_app(serving, start=lambda: None, done=lambda error: None))
+    served = app.create_app(serving, start=lambda: None, done=lambda error: None)
+    client = TestClient(served, base_url="http://localhost")
     figures = scale.pages(client, COUNT) | scale.models(client, COUNT)
     assert figures.keys() <= known()
     with pytest.raises(scale.ScaleError, match=r"26 models"):
