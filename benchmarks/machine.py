@@ -21,7 +21,7 @@ def describe(root: Path) -> dict[str, Any]:
     return {
         "when": datetime.now(UTC).isoformat(timespec="seconds"),
         "cpu": cpu.get("model name", platform.processor()),
-        "cores": os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0)),  # that the run may use
         "flags": [flag for flag in TELLING if flag in flags],
         "memory_gib": round(psutil.virtual_memory().total / 2**30, 1),
         "load_before": round(os.getloadavg()[0], 2),

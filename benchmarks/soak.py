@@ -4,7 +4,8 @@
 four fifths of that, as a Poisson process, to the base and to adapters by popularity. All the time
 adapters are uploaded, replaced under a moving alias, loaded, refused and deleted. What should fail
 does, and nothing else may. Memory, files, threads, tasks, series and the store's size are noted
-every few seconds: all of them have to be flat at the end.
+every few seconds. At the end memory, series and store have to be flat; and a server that has
+nothing to do has to have no more files, threads and tasks than before.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ import statistics
 import tempfile
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -41,12 +42,14 @@ FINDING_S = 30  # that finding out takes
 STREAMS = 16  # while it does
 PROMPT, OUTPUT = (8, 64), (8, 48)  # tokens, uniformly
 VOCABULARY = 20_000
-STOCK, FEWEST, MOST = 40, 8, 16  # adapters on disk, and live ones between these
+STOCK, LIVE = 48, 12  # adapters on disk, and those that are served at the start
 CHURN_S = 2.0  # between two changes
 REST_S = 120.0  # that one is no longer asked for before it is deleted
 SAMPLE_S = 5.0
-FLAT = 1.05  # last fifth over the middle fifth, at most
-QUANTITIES = ("rss_mib", "files", "threads", "tasks", "series", "store_mib")
+REST_AFTER_S = 15.0  # until a server without requests has let go of what they took
+FLAT = 1.05  # last fifth over the middle fifth, and after over before, at most
+GROWING = ("rss_mib", "series", "store_mib")  # by what was ever served: flat under load
+HELD = ("files", "threads", "tasks")  # by what is served now: flat at rest
 
 
 @dataclass
@@ -62,6 +65,7 @@ class Book:
     """What has happened."""
 
     samples: list[dict[str, float]] = field(default_factory=list)
+    rest: list[dict[str, float]] = field(default_factory=list)  # before the load, and after it
     done: int = 0
     failed: list[str] = field(default_factory=list)
     changes: Counter[str] = field(default_factory=Counter)
@@ -119,13 +123,21 @@ async def _soak(
     book, live, dice = Book(), Live(), random.Random(seed)
     async with aiohttp.ClientSession(server.url) as http:
         churn = Churn(http, folders, live, book, random.Random(seed + 1))
-        for _ in range(FEWEST):
+        for _ in range(LIVE):
             await churn.upload()
         rate = await _capacity(server, live, dice)
         say(f"it can do {rate:.2f} requests/s; sending {SHARE * rate:.2f} for {seconds:.0f} s")
+
+        async def look() -> dict[str, float]:
+            return await _look(server, own, http) | {"done": book.done}
+
+        await asyncio.sleep(REST_AFTER_S)
+        book.rest.append(await look())
         end = time.monotonic() + seconds
-        async with _going(churn.go), _going(lambda: _sample(server, own, http, book)):
+        async with _going(churn.go), _going(lambda: _sample(book, look)):
             await _send(server, live, book, dice, SHARE * rate, end)
+        await asyncio.sleep(REST_AFTER_S)
+        book.rest.append(await look())
     return book, SHARE * rate
 
 
@@ -146,8 +158,9 @@ def _request(live: Live, dice: random.Random) -> Request:
     names = ["", *live.names]
     weights = [1 / place for place in range(1, len(names) + 1)]
     prompt = tuple(dice.randrange(1, VOCABULARY) for _ in range(dice.randint(*PROMPT)))
-    adapter = dice.choices(names, weights)[0] or None
-    return Request(stream=0, prompt=prompt, output=dice.randint(*OUTPUT), adapter=adapter)
+    name = dice.choices(names, weights)[0]
+    adapter = name and f"{name}@prod"
+    return Request(stream=0, prompt=prompt, output=dice.randint(*OUTPUT), adapter=adapter or None)
 
 
 async def _capacity(server: Server, live: Live, dice: random.Random) -> float:
@@ -199,43 +212,42 @@ class Churn:
         dice: random.Random,
     ) -> None:
         self._http = http
-        self._folders = folders
+        self._folders = itertools.cycle(folders)
         self._live = live
         self._book = book
         self._dice = dice
         self._numbers = itertools.count()
 
     async def go(self) -> None:
-        """A change every CHURN_S, for ever."""
-        ways = (self.upload, self.replace, self.retire, self.load, self.refused, self.unknown)
-        while True:
+        """A change every CHURN_S, for ever: as much comes as goes."""
+        ways = (self.upload, self.load, self.replace, self.refused, self.retire, self.unknown)
+        for way in itertools.cycle(ways):
             await asyncio.sleep(CHURN_S)
-            await self._dice.choice(ways)()
+            await way()
             while self._live.resting and self._live.resting[0][0] < time.monotonic():
                 _, name = self._live.resting.pop(0)
                 await self._call("delete", "DELETE", f"/v1/adapters/{name}")
 
     async def upload(self) -> None:
-        """Another adapter, unless there are enough."""
-        if len(self._live.names) >= MOST:
-            return
+        """Another adapter; where it comes in is how popular it is."""
         name = f"a{next(self._numbers)}"
-        await self._send("upload", name, self._dice.choice(self._folders))
-        # Where it comes in is how popular it is.
+        await self._send("upload", name)
+        path = f"/v1/adapters/{name}/aliases/prod"
+        await self._call("alias", "PUT", path, json={"version": 1})
         self._live.names.insert(self._dice.randrange(len(self._live.names) + 1), name)
 
     async def replace(self) -> None:
-        """Another version, and an alias that moves to it."""
+        """Another version under the alias, and the one before it goes."""
         name = self._dice.choice(self._live.names)
-        version = await self._send("replace", name, self._dice.choice(self._folders))
-        path = f"/v1/adapters/{name}/aliases/prod"
-        await self._call("alias", "PUT", path, json={"version": version["version"]})
+        new = (await self._send("replace", name))["version"]
+        path = f"/v1/adapters/{name}"
+        await self._call("alias", "PUT", f"{path}/aliases/prod", json={"version": new})
+        await self._call("delete version", "DELETE", f"{path}/versions/{new - 1}")
 
     async def retire(self) -> None:
         """One that nobody asks for any more, to be deleted when its last request is over."""
-        if len(self._live.names) > FEWEST:
-            name = self._live.names.pop(self._dice.randrange(len(self._live.names)))
-            self._live.resting.append((time.monotonic() + REST_S, name))
+        name = self._live.names.pop(self._dice.randrange(len(self._live.names)))
+        self._live.resting.append((time.monotonic() + REST_S, name))
 
     async def load(self) -> None:
         """A hint, which a server that is busy may refuse."""
@@ -254,7 +266,8 @@ class Churn:
         body = {"model": "nobody", "prompt": "x"}
         await self._call("unknown", "POST", "/v1/completions", json=body, must=404)
 
-    async def _send(self, what: str, name: str, folder: Path) -> dict[str, Any]:
+    async def _send(self, what: str, name: str) -> dict[str, Any]:
+        folder = next(self._folders)
         form = aiohttp.FormData({"name": name})
         for file in ("adapter_config.json", "adapter_model.safetensors"):
             form.add_field("files", (folder / file).read_bytes(), filename=file)
@@ -280,29 +293,29 @@ class Churn:
         return answer
 
 
-async def _sample(server: Server, own: Path, http: aiohttp.ClientSession, book: Book) -> None:
+async def _sample(book: Book, look: Callable[[], Awaitable[dict[str, float]]]) -> None:
     began = time.monotonic()
     while True:
-        async with http.get("/metrics") as response:
-            lines = (await response.text()).splitlines()
-        series = [line for line in lines if not line.startswith("#")]
-        tasks = next(line for line in series if line.startswith("loraplex_tasks "))
-        tree = server.processes()
-        book.samples.append(
-            {
-                "s": round(time.monotonic() - began, 1),
-                "rss_mib": round(sum(each.memory_info().rss for each in tree) / 2**20, 1),
-                "files": sum(each.num_fds() for each in tree),
-                "threads": sum(each.num_threads() for each in tree),
-                "tasks": float(tasks.split()[1]),
-                "series": len(series),
-                "store_mib": round(await asyncio.to_thread(_size, own / "home" / "store"), 2),
-                "done": book.done,
-            }
-        )
+        book.samples.append({"s": round(time.monotonic() - began, 1)} | await look())
         if len(book.samples) % 12 == 0:
             say(f"{book.done} requests, {len(book.failed)} failed, {book.samples[-1]}")
         await asyncio.sleep(SAMPLE_S)
+
+
+async def _look(server: Server, own: Path, http: aiohttp.ClientSession) -> dict[str, float]:
+    async with http.get("/metrics") as response:
+        lines = (await response.text()).splitlines()
+    series = [line for line in lines if not line.startswith("#")]
+    tasks = next(line for line in series if line.startswith("loraplex_tasks "))
+    tree = server.processes()
+    return {
+        "rss_mib": round(sum(each.memory_info().rss for each in tree) / 2**20, 1),
+        "files": sum(each.num_fds() for each in tree),
+        "threads": sum(each.num_threads() for each in tree),
+        "tasks": float(tasks.split()[1]),
+        "series": len(series),
+        "store_mib": round(await asyncio.to_thread(_size, own / "home" / "store"), 2),
+    }
 
 
 def _size(folder: Path) -> float:
@@ -319,14 +332,16 @@ def summarise(book: Book, rate: float) -> dict[str, Any]:
     """What came of it: failures, and for each quantity its slope and whether it is flat.
 
     `slope_per_hour` is of a line through the second half by least squares; `drift` is the median of
-    the last fifth over that of the middle one, which has to be at most FLAT.
+    the last fifth over that of the middle one, or for what is held, what is there at rest after
+    the load over what was there before it. It has to be at most FLAT.
     """
     count = len(book.samples)
     trends = {}
-    for name in QUANTITIES:
+    for name in (*GROWING, *HELD):
         values = [sample[name] for sample in book.samples]
         middle = statistics.median(values[2 * count // 5 : 3 * count // 5])
         last = statistics.median(values[4 * count // 5 :])
+        before, after = (sample[name] for sample in book.rest)
         half = book.samples[count // 2 :]
         slope, _ = statistics.linear_regression(
             [sample["s"] for sample in half], [sample[name] for sample in half]
@@ -334,7 +349,9 @@ def summarise(book: Book, rate: float) -> dict[str, Any]:
         trends[name] = {
             "middle": middle,
             "last": last,
-            "drift": round(last / middle, 4) if middle else 1.0,
+            "rest_before": before,
+            "rest_after": after,
+            "drift": round(last / middle if name in GROWING else after / before, 4),
             "slope_per_hour": round(slope * 3600, 3),
         }
     flat = all(trend["drift"] <= FLAT for trend in trends.values())
