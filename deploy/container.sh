@@ -30,16 +30,17 @@ container=$(buildah from scratch)
 buildah add "$container" "$work/base.tar" / >/dev/null
 buildah commit --rm "$container" loraplex-base >/dev/null
 
-# What pip is configured with on this machine holds in the build too: a mirror, its certificates.
-pip config list | sed -n "s/^\(global\|:env:\)\.\(.*\)='\(.*\)'$/\2 = \3/p" | sort -u >"$work/settings"
-{ echo '[global]' && cat "$work/settings"; } >"$work/pip.conf"
-volumes=(--volume "$work/pip.conf:/etc/pip.conf:ro")
-for path in $(grep -o '\(file://\)\?/[^ ]*' "$work/settings" | sed 's,^file://,,' | sort -u); do
-  [ ! -e "$path" ] || volumes+=(--volume "$path:$path:ro")
-done
+# What is installed is fetched out here, by a pip that knows this machine's mirrors and certificates.
+if [ ! -e "$work/wheels/all" ]; then
+  say "fetching what goes into it"
+  python3 -m pip wheel --quiet --no-deps --wheel-dir "$work/wheels" -r locks/torch-cpu.txt -r locks/cpu.txt
+  touch "$work/wheels/all"
+fi
+printf '[global]\nno-index = true\nfind-links = /wheels\n' >"$work/pip.conf"
 
 say "building the image"
-buildah build "${volumes[@]}" --target cpu --build-arg PYTHON_IMAGE=localhost/loraplex-base \
+buildah build --volume "$work/pip.conf:/etc/pip.conf:ro" --volume "$work/wheels:/wheels:ro" \
+  --target cpu --build-arg PYTHON_IMAGE=localhost/loraplex-base \
   --tag loraplex . >"$work/build.log" 2>&1 || { tail -n 30 "$work/build.log" >&2; die "the build failed"; }
 buildah images --filter reference=loraplex --format '{{.Name}}: {{.Size}}'
 
