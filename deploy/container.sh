@@ -28,12 +28,12 @@ if [ ! -e "$work/base.tar" ]; then
 fi
 container=$(buildah from scratch)
 buildah add "$container" "$work/base.tar" / >/dev/null
-buildah commit --rm "$container" loraplex-base >/dev/null
+buildah commit --quiet --rm "$container" loraplex-base >/dev/null
 
 # What is installed is fetched out here, by a pip that knows this machine's mirrors and certificates.
 if [ ! -e "$work/wheels/all" ]; then
   say "fetching what goes into it"
-  python3 -m pip wheel --quiet --no-deps --wheel-dir "$work/wheels" -r locks/torch-cpu.txt -r locks/cpu.txt
+  python3 -m pip -qq wheel --no-deps --wheel-dir "$work/wheels" -r locks/torch-cpu.txt -r locks/cpu.txt
   touch "$work/wheels/all"
 fi
 printf '[global]\nno-index = true\nfind-links = /wheels\n' >"$work/pip.conf"

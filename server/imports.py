@@ -220,4 +220,6 @@ async def _to_the_end(pool: ThreadPoolExecutor, work: Callable[..., T], *argumen
 def _yield_to_others() -> None:
     # Several threads of BLAS that wait for each other on busy cores are ten times as slow as one.
     threadpool_limits(1, user_api="blas")
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICE)
+    thread = threading.get_native_id()
+    # Only root may ask for more than a thread has: a server that is nicer itself leaves it so.
+    os.setpriority(os.PRIO_PROCESS, thread, max(NICE, os.getpriority(os.PRIO_PROCESS, thread)))

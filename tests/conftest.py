@@ -21,6 +21,8 @@ from server.config import DEFAULT_MODEL, Settings  # noqa: E402
 from server.engine import base_model  # noqa: E402
 
 SEVEN = LINEARS
+# `make test THOROUGH=1`: all cases of what takes long, not only some that tell.
+THOROUGH = bool(os.environ.get("THOROUGH"))
 
 MakeAdapter = Callable[..., Path]
 

@@ -99,7 +99,7 @@ class Journal:
         if call is not None and (call.prompt_tokens or call.output_tokens):
             serving.usage.add(key.id, call.adapter or BASE, call.prompt_tokens, call.output_tokens)
         about = {name: value for name, value in about.items() if value is not None}
-        if route not in _PROBES or status >= 400:
+        if route not in _PROBES or status not in (200, 503):
             logs.note("request", **about)
         return about
 

@@ -14,6 +14,7 @@ import httpx
 import pytest
 import torch
 
+HERE = Path(__file__).parent
 START_S = 300  # the first start of all compiles the model: 90 on a quiet machine
 LEFT_S = 20  # until what a test has left under way must be done
 COMPARED_S = 2  # until the server has compared what the engine has with what it should have
@@ -92,6 +93,14 @@ def _under_way(client: httpx.Client) -> list[str]:
 
 def _metrics(client: httpx.Client) -> list[str]:
     return client.get("/metrics").text.splitlines()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """In two processes, one has the session's server and the other all engines besides."""
+    for item in items:
+        if HERE in item.path.parents:
+            uses = _uses_server(getattr(item, "fixturenames", ()))
+            item.add_marker(pytest.mark.xdist_group("the server" if uses else "engines"))
 
 
 @pytest.fixture(autouse=True)

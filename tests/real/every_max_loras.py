@@ -1,7 +1,7 @@
 """Run as a program: the engine with each number of slots, on mixed batches; prints the replies.
 
 `python -m tests.real.every_max_loras PROCESS BASE ADAPTER…`: adapters are PEFT folders. For each
-number of slots from 1 to 16, of which each process takes its part, one batch with a base row, one
+number of slots in SLOTS, of which each process takes its part, one batch with a base row, one
 row for each of as many adapters as there are slots and one more (so that slots are used again),
 short and long prompts that are cut into chunks, in shuffled order; then the same once more, out of
 the prefix cache. The engine runs in this process: starting a server for each would take minutes.
@@ -14,9 +14,10 @@ import sys
 
 from server.engine import launch
 from server.engine.cpu import op
-from tests.conftest import SEVEN
+from tests.conftest import SEVEN, THOROUGH
 
 MOST = 16
+SLOTS = tuple(range(1, MOST + 1)) if THOROUGH else (1, 2, 3, 5, 8, MOST)
 PROCESSES = 2  # most of an engine's start keeps one core busy
 TOKENS = 6
 CHUNK = 48  # tokens a step computes at most: longer prompts are cut
@@ -26,7 +27,7 @@ def main(process: int, base: str, adapters: list[str]) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; each engine zeroes all of it
     print(f"op: {op.form()}")
-    for slots in range(1 + process, MOST + 1, PROCESSES):
+    for slots in SLOTS[process::PROCESSES]:
         print(json.dumps(replies(base, adapters, slots)), flush=True)
 
 

@@ -1,4 +1,4 @@
-"""Two servers behind a proxy are restarted one after the other, and no request fails."""
+"""Two servers: their traces, and a restart of one after the other that fails no request."""
 
 import asyncio
 import os
@@ -6,40 +6,45 @@ import shutil
 import signal
 import socket
 import subprocess
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 
 from tests.conftest import with_base
+from tests.real.collector import Collector, collecting
 from tests.real.conftest import Server
 
 CONFIG = Path(__file__).parents[2] / "deploy" / "haproxy.cfg"
 CLIENTS = 3
-
-pytestmark = pytest.mark.skipif(
-    shutil.which("haproxy") is None, reason="needs haproxy (apt-get install haproxy)"
-)
+SENT_S = 30  # spans are sent every 5
 
 
-@pytest.fixture
-def pair(tmp_path: Path, base_folder: Path) -> Iterator[list[Server]]:
-    servers = [
-        Server(with_base(tmp_path / name / "home", base_folder), "--max-loras", "2")
-        for name in ("a", "b")
-    ]
-    starts = [threading.Thread(target=server.start) for server in servers]
-    for start in starts:
-        start.start()
-    for start in starts:
-        start.join()
-    yield servers
-    for server in servers:
-        server.end()
+@pytest.fixture(scope="module")
+def collector() -> Iterator[Collector]:
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="module")
+def pair(
+    tmp_path_factory: pytest.TempPathFactory, base_folder: Path, collector: Collector
+) -> Iterator[list[Server]]:
+    flags = ("--max-loras", "2", "--otlp-traces-endpoint", collector.url)
+    homes = [tmp_path_factory.mktemp("pair") / name for name in ("a", "b")]
+    servers = [Server(with_base(home, base_folder), *flags) for home in homes]
+    try:
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(Server.start, servers))
+        yield servers
+    finally:
+        for server in servers:
+            server.end()
 
 
 @pytest.fixture
@@ -95,6 +100,42 @@ async def load(front: str, stop: asyncio.Event) -> tuple[Counter[str], list[str]
     return well, failed
 
 
+@pytest.mark.timeout(600)  # two starts
+def test_a_collector_is_sent_the_trace_of_a_request(
+    pair: list[Server], collector: Collector
+) -> None:
+    """One span each for the request, its load, its wait and the engine, in the client's trace."""
+    trace, parent = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
+    body = {"model": "sql", "prompt": "A prompt that nobody sees.", "max_tokens": 4}
+    sent = {"traceparent": f"00-{trace}-{parent}-01", "x-request-id": "traced"}
+    reply = httpx.post(f"{pair[0].url}/v1/completions", json=body, headers=sent, timeout=60)
+    assert reply.status_code == 200, reply.text
+
+    deadline = time.monotonic() + SENT_S
+    while len(ours := _of_trace(collector, trace)) < 4 and time.monotonic() < deadline:
+        time.sleep(0.5)
+    named = {span.name: span for span in ours}
+    assert sorted(named) == ["POST /v1/completions", "admission", "llm_request", "load"]
+    request = named.pop("POST /v1/completions")
+    assert request.parent_span_id.hex() == parent
+    for span in named.values():
+        assert span.parent_span_id == request.span_id
+        assert request.start_time_unix_nano <= span.start_time_unix_nano
+        assert span.end_time_unix_nano <= request.end_time_unix_nano
+    about = {each.key: each.value for each in request.attributes}
+    assert about["loraplex.request_id"].string_value == "traced"
+    assert about["loraplex.adapter"].string_value == "sql"
+    assert about["loraplex.output_tokens"].int_value == 4
+    assert b"nobody sees" not in b"".join(span.SerializeToString() for span in ours)
+
+
+def _of_trace(collector: Collector, trace: str) -> list[Any]:
+    return [span for span in list(collector.spans) if span.trace_id.hex() == trace]
+
+
+@pytest.mark.skipif(
+    shutil.which("haproxy") is None, reason="needs haproxy (apt-get install haproxy)"
+)
 @pytest.mark.timeout(900)  # four starts, two of them beside load
 def test_a_rolling_restart_fails_no_request(pair: list[Server], front: str) -> None:
     async def restart() -> None:
