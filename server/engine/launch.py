@@ -3,6 +3,7 @@
 import hashlib
 import os
 import platform
+import shutil
 import sys
 from argparse import Namespace
 from collections.abc import Callable
@@ -67,6 +68,7 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": CPU_KV_CACHE_GIB,
     "TOKENIZERS_PARALLELISM": "false",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
+    "TORCHDYNAMO_SUPPRESS_ERRORS": "1",  # where compiling fails, the engine goes on without
     "TORCH_LOGS": "-torch._library.triton",  # or each process says that there is none
     "PYTHONWARNINGS": "ignore::FutureWarning,ignore::UserWarning:multiprocessing.resource_tracker",
 }
@@ -132,7 +134,10 @@ def parse(settings: Settings, folder: Path, linears: list[str]) -> Namespace:
         # A model this small calls tools in form only where its tokens are held to their schema.
         arguments += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
         arguments += ["--tool-strict-level", "parameter"]
-    if settings.compile is False:
+    compiles = can_compile()
+    if settings.compile and not compiles:
+        raise ConfigError("--compile: there is no C++ compiler here (apt-get install g++)")
+    if settings.compile is False or not compiles:
         arguments.append("--enforce-eager")
     length = settings.max_model_len
     if length is None and current_platform.is_cpu():
@@ -209,6 +214,13 @@ def slow_in_bf16() -> bool:
     return bool(current_platform.is_cpu() and torch.backends.cpu.get_cpu_capability() == "AVX2")
 
 
+def can_compile() -> bool:
+    """Whether torch.compile can work here: on a CPU it needs a C++ compiler."""
+    from vllm.platforms import current_platform
+
+    return not current_platform.is_cpu() or bool(shutil.which(os.environ.get("CXX", "g++")))
+
+
 def start(args: Namespace, compile: bool | None = None, say: Callable[[str], None] = print) -> Any:
     """A running vLLM engine (AsyncLLM); returns when it can answer. Blocks: call it in a thread.
 
@@ -223,6 +235,9 @@ def start(args: Namespace, compile: bool | None = None, say: Callable[[str], Non
     from vllm.usage.usage_lib import UsageContext
     from vllm.v1.engine.async_llm import AsyncLLM
 
+    if not can_compile():
+        # vLLM compiles some of its sampling whatever it is told, and would end at the first try.
+        os.environ["TORCHDYNAMO_DISABLE"] = "1"
     engine_args = AsyncEngineArgs.from_cli_args(args)
 
     def configure() -> Any:

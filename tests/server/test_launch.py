@@ -8,7 +8,7 @@ import pytest
 import torch
 from vllm.platforms import current_platform
 
-from server.config import Settings
+from server.config import ConfigError, Settings
 from server.engine import launch
 
 pytestmark = pytest.mark.skipif(not current_platform.is_cpu(), reason="of the CPU's vLLM")
@@ -47,3 +47,12 @@ def test_a_quantized_model_keeps_its_dtype(
     config.write_text(json.dumps(json.loads(config.read_text()) | quantized))
     args = launch.parse(Settings.read([]), tmp_path / "base", ["q_proj"])
     assert args.dtype == "auto"
+
+
+def test_without_a_compiler_nothing_is_compiled(
+    base_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", "no-compiler")
+    assert launch.parse(Settings.read([]), base_folder, ["q_proj"]).enforce_eager
+    with pytest.raises(ConfigError, match="--compile: there is no C\\+\\+ compiler"):
+        launch.parse(Settings.read(["--compile"]), base_folder, ["q_proj"])
