@@ -20,20 +20,20 @@ else
 	.venv/bin/python -m pytest tests/real --numprocesses 2 --dist loadgroup
 endif
 
-lint: .venv/.dev
+lint: .venv/.dev .venv/.op
 	.venv/bin/ruff format --check .
 	.venv/bin/ruff check .
 	.venv/bin/mypy
 	.venv/bin/lint-imports
 
-bench: .venv/.dev ## the bars, then the peers: loraplex beside stock vLLM, PEFT and llama.cpp (an hour; WORKLOADS="…")
+bench: .venv/.dev .venv/.op ## the bars, then the peers: loraplex beside stock vLLM, PEFT and llama.cpp (an hour; WORKLOADS="…")
 	@[ -x .cache/llama/build/bin/llama-server ] || benchmarks/build-llama.sh
 	@for each in $(WORKLOADS); do .venv/bin/python -m benchmarks run benchmarks/workloads/$$each.toml $(ARGS) || exit 1; done
 
-asan: .venv/.dev ## the tests of the CPU LoRA op under AddressSanitizer
+asan: .venv/.dev .venv/.op ## the tests of the CPU LoRA op under AddressSanitizer
 	@deploy/asan.sh
 
-scores: .venv/.dev ## start a server, score the demo adapters and the bare base through it, print the table
+scores: .venv/.dev .venv/.op ## start a server, score the demo adapters and the bare base through it, print the table
 	@deploy/with-server.sh .venv/bin/python -m adapters.demo.score --json benchmarks/demo-scores.json
 
 install: .venv/.runtime .venv/.op
@@ -46,7 +46,7 @@ install: .venv/.runtime .venv/.op
 	@PYTHON=$(PYTHON) deploy/install.sh
 	@touch $@
 
-.venv/.dev: .venv/.runtime .venv/.op locks/dev.txt
+.venv/.dev: .venv/.runtime locks/dev.txt
 	@PYTHON=$(PYTHON) deploy/install.sh dev
 	@touch $@
 

@@ -23,6 +23,7 @@ _JSON = "_LORAPLEX_JSON_LOGS"  # set for the engine's processes as well
 def as_json() -> None:
     """From now on JSON, here, in vLLM and in processes that this one starts."""
     os.environ[_JSON] = "1"
+    os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("VLLM_LOGGING_CONFIG_PATH", str(_CONFIG))
     _log()
 
