@@ -96,11 +96,11 @@ def _metrics(client: httpx.Client) -> list[str]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """In two processes, one has the session's server and the other all engines besides."""
+    """Where there are several processes, one has all that use the session's server."""
     for item in items:
         if HERE in item.path.parents:
             uses = _uses_server(getattr(item, "fixturenames", ()))
-            item.add_marker(pytest.mark.xdist_group("the server" if uses else "engines"))
+            item.add_marker(pytest.mark.xdist_group("the server" if uses else item.path.name))
 
 
 @pytest.fixture(autouse=True)
