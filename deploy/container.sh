@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=${1:-.cache/container}
-port=${LORAPLEX_PORT:-8124}
+port=$(python3 -c 'import socket; print(socket.create_server(("127.0.0.1", 0)).getsockname()[1])')
 say() { printf '\033[1m==> %s\033[0m\n' "$*"; }
 die() { printf 'container: %s\n' "$*" >&2; exit 1; }
 
@@ -59,7 +59,10 @@ run() {
 }
 run loraplex serve >"$work/server.log" 2>&1 &
 server=$!
-trap 'kill "$server" 2>/dev/null || true; wait "$server" 2>/dev/null || true; buildah rm "$container" >/dev/null' EXIT
+end() { # the server itself: what runs it does not hand signals on
+  [ ! -s "$work/state/lock" ] || kill -TERM "$(cat "$work/state/lock")"
+}
+trap '! kill -0 "$server" 2>/dev/null || { end; wait "$server" || true; }; buildah rm "$container" >/dev/null' EXIT
 url=http://127.0.0.1:$port
 call() { curl --silent --show-error --fail-with-body --header "Authorization: Bearer $key" "$@"; }
 for _ in $(seq 300); do
@@ -72,7 +75,7 @@ curl --silent --fail "$url/ready" || die "the server is not ready: $work/server.
 say "an upload, and a chat with it"
 weights=adapters/demo/weights/sql
 call "$url/v1/adapters" --form name=mine --form "files=@$weights/adapter_config.json" \
-  --form "files=@$weights/adapter_model.safetensors" | head -c 300
+  --form "files=@$weights/adapter_model.safetensors" | cut --characters=-300
 echo
 call "$url/v1/chat/completions" --header 'content-type: application/json' --data \
   '{"adapter": "mine", "max_tokens": 16, "messages": [{"role": "user", "content": "How many readers live in Oslo?"}]}'
@@ -93,7 +96,7 @@ written=$(find "$mount" -xdev -newer "$work/started" -user 10001 \
 echo nothing
 
 say "ending it"
-kill -TERM "$(cat "$work/state/lock")"
+end
 wait "$server" || die "it ended with status $?"
 grep -q '"message": "request"' "$work/server.log" || die "its log has no requests: $work/server.log"
 ! grep --invert-match --max-count=3 '^{.*}$' "$work/server.log" || die "that is no JSON, but in its log"
