@@ -38,7 +38,7 @@ from server.logs import say
 CACHE = ROOT / ".cache"
 RESULTS = Path(__file__).parent / "results" / "soak"
 SHARE = 0.8  # of what the server can do
-WARM_S, FINDING_S = 20, 40  # that finding out takes: what is completed in the latter counts
+WARM_S, FINDING_S = 15, 30  # that finding out takes: what is completed in the latter counts
 STREAMS = 16  # while it does
 PROMPT, OUTPUT = (8, 64), (8, 48)  # tokens, uniformly
 VOCABULARY = 20_000
@@ -46,7 +46,7 @@ STOCK, LIVE = 48, 12  # adapters on disk, and those that are served at the start
 CHURN_S = 2.0  # between two changes
 REST_S = 120.0  # that one is no longer asked for before it is deleted
 SAMPLE_S = 5.0
-REST_AFTER_S = 15.0  # until a server without requests has let go of what they took
+REST_AFTER_S = 10.0  # until a server without requests has let go of what they took
 FLAT = 1.05  # last fifth over the middle fifth, and after over before, at most
 GROWING = ("rss_mib", "series", "store_mib")  # by what was ever served: flat under load
 HELD = ("files", "threads", "tasks")  # by what is served now: flat at rest

@@ -66,6 +66,10 @@ ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_WORKER_MULTIPROC_METHOD": "spawn",
     "VLLM_CPU_KVCACHE_SPACE": CPU_KV_CACHE_GIB,
+    # oneDNN keeps a kernel for each product with each number of rows that it has met, up to 1024:
+    # hundreds of MB, which a night fills. vLLM keeps the latest itself, and to make one again takes
+    # a hundredth of the step that it is for.
+    "ONEDNN_PRIMITIVE_CACHE_CAPACITY": "128",
     "TOKENIZERS_PARALLELISM": "false",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
     "TORCHDYNAMO_SUPPRESS_ERRORS": "1",  # where compiling fails, the engine goes on without

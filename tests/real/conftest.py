@@ -53,6 +53,7 @@ class Server:
             except httpx.TransportError:
                 pass
             time.sleep(0.5)
+        self.end()
         raise AssertionError(f"the server is not ready:\n{self.log}")
 
     def end(self) -> None:
