@@ -14,7 +14,6 @@ import httpx
 import pytest
 import torch
 
-HERE = Path(__file__).parent
 START_S = 300  # the first start of all compiles the model: 90 on a quiet machine
 LEFT_S = 20  # until what a test has left under way must be done
 COMPARED_S = 2  # until the server has compared what the engine has with what it should have
@@ -96,12 +95,10 @@ def _metrics(client: httpx.Client) -> list[str]:
     return client.get("/metrics").text.splitlines()
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_itemcollected(item: pytest.Item) -> None:
     """Where there are several processes, one has all that use the session's server."""
-    for item in items:
-        if HERE in item.path.parents:
-            uses = _uses_server(getattr(item, "fixturenames", ()))
-            item.add_marker(pytest.mark.xdist_group("the server" if uses else item.path.name))
+    uses = _uses_server(getattr(item, "fixturenames", ()))
+    item.add_marker(pytest.mark.xdist_group("the server" if uses else item.path.name))
 
 
 @pytest.fixture(autouse=True)
