@@ -17,7 +17,7 @@ ifdef ARGS
 	.venv/bin/python -m pytest $(ARGS)
 else
 	.venv/bin/python -m pytest --ignore tests/real --numprocesses 2 --dist loadfile
-	.venv/bin/python -m pytest tests/real --numprocesses 2 --dist loadgroup
+	.venv/bin/python -m pytest tests/real --numprocesses 2
 endif
 
 lint: .venv/.dev .venv/.op

@@ -9,11 +9,22 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 import torch
+from xdist.scheduler import LoadScopeScheduling
 
+ENGINES_OF_THEIR_OWN = {
+    "test_engine",
+    "test_every_max_loras",
+    "test_faults",
+    "test_order",
+    "test_staging",
+    "test_variants",
+    "test_zz_pair",
+}
 START_S = 300  # the first start of all compiles the model: 90 on a quiet machine
 LEFT_S = 20  # until what a test has left under way must be done
 COMPARED_S = 2  # until the server has compared what the engine has with what it should have
@@ -95,10 +106,17 @@ def _metrics(client: httpx.Client) -> list[str]:
     return client.get("/metrics").text.splitlines()
 
 
-def pytest_itemcollected(item: pytest.Item) -> None:
+class Dealing(LoadScopeScheduling):  # type: ignore[misc]
     """Where there are several processes, one has all that use the session's server."""
-    uses = _uses_server(getattr(item, "fixturenames", ()))
-    item.add_marker(pytest.mark.xdist_group("the server" if uses else item.path.name))
+
+    def _split_scope(self, nodeid: str) -> str:
+        module = Path(nodeid.partition("::")[0]).stem
+        return module if module in ENGINES_OF_THEIR_OWN else "the server"
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Dealing:
+    """xdist asks for it."""
+    return Dealing(config, log)
 
 
 @pytest.fixture(autouse=True)
