@@ -114,6 +114,15 @@ class Dealing(LoadScopeScheduling):  # type: ignore[misc]
         return module if module in ENGINES_OF_THEIR_OWN else "the server"
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Each process, and the servers that it starts, has a core of its own: threads of two engines
+    that wait for each other on the same cores take several times as long."""
+    worker = os.environ.get("PYTEST_XDIST_WORKER")
+    if worker is not None:
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
+
+
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Dealing:
     """xdist asks for it."""
     return Dealing(config, log)
