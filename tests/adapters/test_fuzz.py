@@ -1,7 +1,7 @@
 """Damaged and made-up uploads for a minute: each is taken or refused, cleanly, soon and in little
 memory.
 
-FUZZ_SECONDS is how long all of it takes, 60 if not set. An input is made of a seed and its number
+FUZZ_SECONDS is how long all of it takes, 30 if not set. An input is made of a seed and its number
 alone; a failure says which to set (FUZZ_SEED, FUZZ_FIRST) for it to come first.
 """
 
@@ -30,7 +30,7 @@ from adapters.store import digest
 from tests.adapters.conftest import NUMPY, Made, bfloat16, make
 from tests.adapters.corpus import CONFIG, KINDS, WEIGHTS, Entries, Place, compressed, pack, place
 
-SECONDS = float(os.environ.get("FUZZ_SECONDS", 60))
+SECONDS = float(os.environ.get("FUZZ_SECONDS", 30))
 SEED = int(os.environ.get("FUZZ_SEED", 0)) or int.from_bytes(os.urandom(4), "big")
 FIRST = int(os.environ.get("FUZZ_FIRST", 0))
 

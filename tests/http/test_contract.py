@@ -22,7 +22,7 @@ from tests.http.conftest import Running, serve
 from tests.http.conftest import settings as chosen
 
 ADMIN_KEY = "the-operators-own-key"
-EXAMPLES = int(os.environ.get("CONTRACT_EXAMPLES", "20"))  # of each call, with a key and without
+EXAMPLES = int(os.environ.get("CONTRACT_EXAMPLES", "10"))  # of each call, with a key and without
 CHECKS = [
     not_a_server_error,
     status_code_conformance,

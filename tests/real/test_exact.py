@@ -37,7 +37,10 @@ SLOW_FORM = "the CPU LoRA op is not the compiled one"
 OFF = "--no-cpu-lora-op"
 
 
-@pytest.fixture(scope="module", params=["op", "op in torch", "op off"])
+FORMS = ["op", "op in torch", *(["op off"] if THOROUGH else [])]
+
+
+@pytest.fixture(scope="module", params=FORMS)
 def form(request: pytest.FixtureRequest) -> str:
     """By what adapters are applied: the compiled op, its form in torch, or vLLM's own way."""
     return str(request.param)

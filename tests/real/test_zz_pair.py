@@ -9,14 +9,13 @@ import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
-from tests.conftest import with_base
+from tests.conftest import THOROUGH, with_base
 from tests.real.collector import Collector, collecting
 from tests.real.conftest import Server
 
@@ -35,12 +34,12 @@ def collector() -> Iterator[Collector]:
 def pair(
     tmp_path_factory: pytest.TempPathFactory, base_folder: Path, collector: Collector
 ) -> Iterator[list[Server]]:
+    """Two servers, of which the first has been started."""
     flags = ("--max-loras", "2", "--otlp-traces-endpoint", collector.url)
     homes = [tmp_path_factory.mktemp("pair") / name for name in ("a", "b")]
     servers = [Server(with_base(home, base_folder), *flags) for home in homes]
     try:
-        with ThreadPoolExecutor() as pool:
-            list(pool.map(Server.start, servers))
+        servers[0].start()
         yield servers
     finally:
         for server in servers:
@@ -49,7 +48,8 @@ def pair(
 
 @pytest.fixture
 def front(pair: list[Server], tmp_path: Path) -> Iterator[str]:
-    """Where the proxy listens."""
+    """Where the proxy listens, with both behind it."""
+    pair[1].start()
     with socket.create_server(("127.0.0.1", 0)) as probe:
         address = f"127.0.0.1:{probe.getsockname()[1]}"
     names = {
@@ -100,7 +100,7 @@ async def load(front: str, stop: asyncio.Event) -> tuple[Counter[str], list[str]
     return well, failed
 
 
-@pytest.mark.timeout(600)  # two starts
+@pytest.mark.timeout(600)
 def test_a_collector_is_sent_the_trace_of_a_request(
     pair: list[Server], collector: Collector
 ) -> None:
@@ -134,7 +134,8 @@ def _of_trace(collector: Collector, trace: str) -> list[Any]:
 
 
 @pytest.mark.skipif(
-    shutil.which("haproxy") is None, reason="needs haproxy (apt-get install haproxy)"
+    not THOROUGH or shutil.which("haproxy") is None,
+    reason="takes minutes: THOROUGH=1, and haproxy (apt-get install haproxy)",
 )
 @pytest.mark.timeout(900)  # four starts, two of them beside load
 def test_a_rolling_restart_fails_no_request(pair: list[Server], front: str) -> None:
