@@ -85,19 +85,11 @@ def main(
         folders = _stock(base, Path(scratch) / "stock")
         own = Path(scratch) / "server"
         # As a server does by itself: fp32 on a CPU that computes bf16 slowly.
-        flags = (
-            "--dtype",
-            "auto",
-            "--max-loras",
-            "4",
-            "--max-cpu-loras",
-            "8",
-            "--max-lora-rank",
-            "16",
-        )
+        flags = ["--dtype", "auto", "--max-loras", "4"]
+        flags += ["--max-cpu-loras", "8", "--max-lora-rank", "16"]
         server = Server(
             "loraplex",
-            Target(kind="loraplex", flags=flags),
+            Target(kind="loraplex", flags=tuple(flags)),
             ENVIRONMENT,
             Material(base, {}, CACHE / "benchmarks" / "gguf"),
             own,
@@ -169,8 +161,8 @@ def _request(live: Live, dice: random.Random) -> Request:
     weights = [1 / place for place in range(1, len(names) + 1)]
     prompt = tuple(dice.randrange(1, VOCABULARY) for _ in range(dice.randint(*PROMPT)))
     name = dice.choices(names, weights)[0]
-    adapter = name and f"{name}@prod"
-    return Request(stream=0, prompt=prompt, output=dice.randint(*OUTPUT), adapter=adapter or None)
+    adapter = f"{name}@prod" if name else None
+    return Request(stream=0, prompt=prompt, output=dice.randint(*OUTPUT), adapter=adapter)
 
 
 async def _capacity(server: Server, live: Live, dice: random.Random) -> float:

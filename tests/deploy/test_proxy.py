@@ -1,21 +1,16 @@
 """HAProxy with our configuration, before servers of which one only says that it is ending."""
 
-import os
 import shutil
-import socket
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 
 import httpx
 import pytest
 
-CONFIG = Path(__file__).parents[2] / "deploy" / "haproxy.cfg"
-START_S = 30
+from tests.proxy import proxy
 
 pytestmark = pytest.mark.skipif(
     shutil.which("haproxy") is None, reason="needs haproxy (apt-get install haproxy)"
@@ -55,31 +50,14 @@ def server(status: int) -> Iterator[tuple[str, list[int]]]:
         thread.join()
 
 
-@contextmanager
-def proxy(a: str, b: str) -> Iterator[httpx.Client]:
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        front = f"127.0.0.1:{probe.getsockname()[1]}"
-    names = {"FRONT": front, "SERVER_A": a, "SERVER_B": b}
-    process = subprocess.Popen(["haproxy", "-db", "-f", CONFIG], env=os.environ | names)
-    try:
-        with httpx.Client(base_url=f"http://{front}") as client:
-            deadline = time.monotonic() + START_S
-            while True:
-                try:
-                    if client.get("/ready").status_code == 200:
-                        break
-                except httpx.TransportError:
-                    assert process.poll() is None and time.monotonic() < deadline
-                time.sleep(0.1)
-            yield client
-    finally:
-        process.terminate()
-        process.wait(10)
-
-
 def test_who_ends_is_not_heard_by_a_client() -> None:
     """Bodies come after their headers, as most clients send them."""
-    with server(503) as (a, ending), server(200) as (b, serving), proxy(a, b) as client:
+    with (
+        server(503) as (a, ending),
+        server(200) as (b, serving),
+        proxy(a, b) as front,
+        httpx.Client(base_url=front) as client,
+    ):
         for _ in range(40):
             body = (part for part in (b'{"prompt": ', b'"On"}'))
             headers = {"content-length": "16"}

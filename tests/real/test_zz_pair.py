@@ -1,11 +1,8 @@
 """Two servers: their traces, and a restart of one after the other that fails no request."""
 
 import asyncio
-import os
 import shutil
 import signal
-import socket
-import subprocess
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -16,10 +13,10 @@ import httpx
 import pytest
 
 from tests.conftest import THOROUGH, with_base
+from tests.proxy import proxy
 from tests.real.collector import Collector, collecting
 from tests.real.conftest import Server
 
-CONFIG = Path(__file__).parents[2] / "deploy" / "haproxy.cfg"
 CLIENTS = 3
 SENT_S = 30  # spans are sent every 5
 SPANS = ["POST /v1/completions", "admission", "engine", "llm_request", "load"]  # vLLM's among them
@@ -48,30 +45,11 @@ def pair(
 
 
 @pytest.fixture
-def front(pair: list[Server], tmp_path: Path) -> Iterator[str]:
+def front(pair: list[Server]) -> Iterator[str]:
     """Where the proxy listens, with both behind it."""
     pair[1].start()
-    with socket.create_server(("127.0.0.1", 0)) as probe:
-        address = f"127.0.0.1:{probe.getsockname()[1]}"
-    names = {
-        "FRONT": address,
-        "SERVER_A": f"127.0.0.1:{pair[0].port}",
-        "SERVER_B": f"127.0.0.1:{pair[1].port}",
-    }
-    process = subprocess.Popen(["haproxy", "-db", "-f", CONFIG], env=os.environ | names)
-    try:
-        deadline = time.monotonic() + 30
-        while True:
-            try:
-                if httpx.get(f"http://{address}/ready").status_code == 200:
-                    break
-            except httpx.TransportError:
-                assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.2)
-        yield f"http://{address}"
-    finally:
-        process.terminate()
-        process.wait(10)
+    with proxy(*(f"127.0.0.1:{server.port}" for server in pair)) as url:
+        yield url
 
 
 async def load(front: str, stop: asyncio.Event) -> tuple[Counter[str], list[str]]:
