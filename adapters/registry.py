@@ -432,29 +432,23 @@ class Registry:
         with self._db.read() as db:
             return [_version(row.adapter, row) for row in db.execute(query)]
 
-    def references_to(self, digest: str) -> Iterable[str]:
+    def references_to(self, digest: str) -> Sequence[str]:
         """`name@number` of every version with `digest`, but for deleted ones."""
-        query = (
-            sa.select(_adapters.c.name, _versions.c.number)
-            .join_from(_versions, _adapters)
-            .where(_versions.c.digest == digest, _versions.c.state != DELETED)
-        )
-        with self._db.read() as db:
-            return [f"{row.name}@{row.number}" for row in db.execute(query)]
+        return self.references([digest]).get(digest, [])
 
-    def names_of(self, digests: Iterable[str]) -> Mapping[str, Sequence[str]]:
-        """The adapters that have a version with each of `digests` that is not deleted."""
+    def references(self, digests: Iterable[str]) -> Mapping[str, Sequence[str]]:
+        """The same for many digests, by digest; one that no version has is not in it."""
         query = (
-            sa.select(_versions.c.digest, _adapters.c.name)
+            sa.select(_versions.c.digest, _adapters.c.name, _versions.c.number)
             .join_from(_versions, _adapters)
             .where(_versions.c.digest.in_(digests), _versions.c.state != DELETED)
-            .distinct()
+            .order_by(_versions.c.id)
         )
-        names: dict[str, Any] = {}
+        found: dict[str, Any] = {}
         with self._db.read() as db:
-            for digest, name in db.execute(query):
-                names.setdefault(digest, []).append(name)
-        return names
+            for digest, name, number in db.execute(query):
+                found.setdefault(digest, []).append(f"{name}@{number}")
+        return found
 
     def alive(self, names: Iterable[str]) -> set[str]:
         """Those of `names` that are adapters."""

@@ -27,6 +27,7 @@ from server.routes import (
     adapters,
     failure,
     keys,
+    live,
     models,
     openai,
     openapi,
@@ -42,7 +43,7 @@ from server.watch import Watch
 
 FAREWELL_S = 3.0  # that requests have to tell their clients that they were ended
 POLL_S = 0.05
-PARTS = (openai, models, adapters, vllm, keys, usage, ops)
+PARTS = (openai, models, adapters, vllm, keys, usage, live, ops)
 
 
 def build(settings: Settings, folder: Path) -> Serving:

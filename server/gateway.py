@@ -45,6 +45,7 @@ from server.errors import (
     TooManyPinned,
 )
 from server.keys import ANYBODY, BASE, Key
+from server.recent import Recent
 from server.residency import Entry, Load, Residency, State, Swap
 
 T = TypeVar("T")
@@ -106,6 +107,7 @@ class Gateway:
         times: Times,
         numbers: "itertools.count[int]",
         key_weights: dict[str, float],
+        recent: Recent,
     ) -> None:
         """`numbers` gives the ids, of all engines of this process; the first base name is its own.
 
@@ -123,6 +125,7 @@ class Gateway:
         self.residency = residency
         self.times = times
         self.key_weights = key_weights
+        self._recent = recent
         self.drift: list[str] = []  # see `_compare`; the last time that the engine was idle
         self._worked = 0  # turns and tasks so far: what the engine has may have changed
         self.refused = 0  # requests, for waiting too long or among too many
@@ -203,7 +206,9 @@ class Gateway:
                 self._progress(ticket, meter.add(output))
                 if came := meter.tokens - before:
                     call.output_tokens += came
+                    noted = len(call.gaps)
                     last = _note_times(call, meter, output, last)
+                    self._recent.came(ticket.adapter, came, call.gaps[noted:])
                 yield output
 
     async def encode(
@@ -304,6 +309,7 @@ class Gateway:
         if self.admission.has(digest) or digest in self._loads:
             raise AdapterInUse(f"Requests use {version.reference}. Ask again when they have ended.")
         if self.residency.drop(digest):
+            self._recent.event("unloaded", digest)
             self._spawn(self._drop(digest))
 
     async def pin(self, version: Version) -> None:
@@ -525,6 +531,7 @@ class Gateway:
         if load is None:
             return False
         if load.evict is not None:
+            self._recent.event("evicted", load.evict)
             # First, and not with the load: what goes into its slot meanwhile comes after this.
             self._spawn(self._drop(load.evict))
         self._loads[load.digest] = self._spawn(self._load(lora, load))
@@ -552,8 +559,10 @@ class Gateway:
         del self._loads[load.digest]
         for ticket in self.admission.waiting(load.digest):
             self._turns[ticket].load = (began, time.monotonic())
+        took = time.monotonic() - began
+        self._recent.event("loaded" if error is None else "load_failed", load.digest, took)
         if error is None:
-            self.residency.loaded(load.digest, time.monotonic() - began, size)
+            self.residency.loaded(load.digest, took, size)
         else:
             self._refuse(load.digest, error)
             self.residency.failed(load.digest)
@@ -589,12 +598,15 @@ class Gateway:
 
     async def _swap(self, lora: LoRARequest, swap: Swap) -> Exception | None:
         out = None if swap.out is None else self._ids[swap.out]
+        began = time.monotonic()
         error: Exception | None = None
         try:
             async with asyncio.timeout(self.times.load):
                 await self._loader.slot(lora.lora_int_id, out)
         except Exception as failed:
             error = self._unexpected(failed, swap.digest)
+        else:
+            self._recent.event("slot", swap.digest, time.monotonic() - began)
         # Taken out and put in again meanwhile, it is another swap's to say where it is.
         if self._swaps.get(swap.digest) is asyncio.current_task():
             del self._swaps[swap.digest]

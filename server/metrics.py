@@ -44,7 +44,7 @@ class Collector(Collecting):
         self._traffic = traffic
         self._registry = registry
         self._summary = Summary()
-        self._names: Mapping[str, Sequence[str]] = {}
+        self._references: Mapping[str, Sequence[str]] = {}
 
     async def look(self) -> None:
         """Asks the registry, in a thread, what `collect` needs to know of it."""
@@ -53,7 +53,7 @@ class Collector(Collecting):
         named = self._traffic.names()
 
         def ask() -> set[str]:
-            self._names = registry.names_of(digests)
+            self._references = registry.references(digests)
             self._summary = registry.summary()
             return registry.alive(named)
 
@@ -78,7 +78,7 @@ class Collector(Collecting):
         if gateway is not None:
             yield from _queues(gateway)
             yield from _loaded(gateway)
-            yield from _for_routers(gateway, self._names)
+            yield from _for_routers(gateway, self._references)
         yield from REGISTRY.collect()
 
 
@@ -207,7 +207,7 @@ def _loaded(gateway: Gateway) -> Iterator[Metric]:
         yield CounterMetricFamily(f"loraplex_{name}", text, count)
 
 
-def _for_routers(gateway: Gateway, names: Mapping[str, Sequence[str]]) -> Iterator[Metric]:
+def _for_routers(gateway: Gateway, references: Mapping[str, Sequence[str]]) -> Iterator[Metric]:
     """vLLM's series on adapters, by the names that clients write, for routers in front of servers.
 
     vLLM's own is not collected (`launch.start`): in the engine adapters go by their digests.
@@ -229,7 +229,7 @@ def _for_routers(gateway: Gateway, names: Mapping[str, Sequence[str]]) -> Iterat
         "Adapters in a slot (gpu) or only in the host cache (cpu).",
         labels=["adapter_name", "level", "pinned"],
     )
-    for name, level, pinned in _levels(gateway, names):
+    for name, level, pinned in _levels(gateway, references):
         loaded.add_metric([name, level, str(pinned).lower()], 1)
     yield loaded
     yield GaugeMetricFamily(
@@ -241,7 +241,7 @@ def _for_routers(gateway: Gateway, names: Mapping[str, Sequence[str]]) -> Iterat
 
 
 def _levels(
-    gateway: Gateway, names: Mapping[str, Sequence[str]]
+    gateway: Gateway, references: Mapping[str, Sequence[str]]
 ) -> Iterable[tuple[str, str, bool]]:
     """Name, level and whether it is pinned, of each adapter of which a version is loaded.
 
@@ -251,7 +251,8 @@ def _levels(
     residency = gateway.residency
     for entry in residency.entries():
         level = LEVELS.get(residency.tier(entry.digest))
-        for name in names.get(entry.digest, []):
+        for reference in references.get(entry.digest, []):
+            name = reference.partition("@")[0]
             if level is not None and found.get(name, ("",))[0] != "gpu":
                 pinned = entry.pinned or found.get(name, ("", False))[1]
                 found[name] = (level, pinned)

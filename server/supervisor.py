@@ -189,4 +189,5 @@ class Supervisor:
             times,
             self._numbers,
             key_weights,
+            serving.recent,
         )

@@ -96,6 +96,17 @@ class Usage:
             last = (sa.literal(rows[-1][n], column.type) for n, column in enumerate(place))
             rest = query.where(sa.tuple_(*place) > sa.tuple_(*last))
 
+    def of(self, adapter: str, since: datetime) -> list[Used]:
+        """What all keys together used of one adapter, in the hours from `since` on, oldest first.
+
+        What was counted since the last flush is not in it.
+        """
+        sums = [sa.func.sum(_usage.c[name]).label(name) for name in _COUNTS]
+        query = sa.select(_usage.c.hour, *sums).group_by(_usage.c.hour).order_by(_usage.c.hour)
+        query = query.where(_usage.c.adapter == adapter, _usage.c.hour >= since)
+        with self._db.read() as db:
+            return [Used(row[0], "", adapter, *map(int, row[1:])) for row in db.execute(query)]
+
 
 def as_csv(rows: Iterable[Used]) -> Iterator[str]:
     """Lines of CSV, a header first."""

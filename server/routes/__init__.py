@@ -19,6 +19,7 @@ from server.imports import Imports
 from server.keys import Keys
 from server.metrics import Collector
 from server.quotas import Quotas
+from server.recent import Recent
 from server.traffic import Traffic
 from server.usage import Usage
 
@@ -45,6 +46,7 @@ class Serving:
     gateway: Gateway | None = None
     handlers: Handlers | None = None
     quotas: Quotas = field(default_factory=Quotas)
+    recent: Recent = field(default_factory=Recent)
     started: float = field(default_factory=time.time)
     restarts: int = 0  # engines after the first
     remarks: list[str] = field(default_factory=list)  # what to know about how the engine runs

@@ -34,6 +34,7 @@ ACCESS: dict[tuple[str, str], str | None] = {
     ("GET", "/v1/adapters"): READ,
     ("GET", "/v1/adapters/{name}"): READ,
     ("GET", "/v1/adapters/{name}/versions/{version}"): READ,
+    ("GET", "/v1/live"): READ,
     ("POST", "/v1/adapters"): WRITE,
     ("POST", "/v1/adapters:check"): WRITE,
     ("PUT", "/v1/adapters/{name}/aliases/{alias}"): WRITE,

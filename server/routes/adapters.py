@@ -7,6 +7,7 @@ import shutil
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import EllipsisType
 from typing import Annotated, Any
@@ -215,7 +216,10 @@ def every(
 
 @router.get("/{name}")
 async def show(name: Named, serving: Served) -> Json:
-    """One adapter: its aliases, versions and imports; `latest` with its algebra and checks."""
+    """One adapter: its aliases, versions, imports, and usage by hour in the last day.
+
+    The newest version has its algebra and checks with it.
+    """
     imports = [_show_import(one) for one in serving.imports.of(name)]
     try:
         adapter = await run_sync(serving.registry.get, name)
@@ -224,7 +228,8 @@ async def show(name: Named, serving: Served) -> Json:
             raise
         nothing: Json = {"versions": [], "aliases": {}, "created": None, "metadata": {}}
         return {"object": "adapter", "name": name, **nothing, "imports": imports}
-    return await run_sync(_show, serving, adapter) | {"imports": imports}
+    usage = await run_sync(_usage, serving, name)
+    return await run_sync(_show, serving, adapter) | {"imports": imports, "usage": usage}
 
 
 @router.get("/{name}/versions/{version}")
@@ -381,6 +386,19 @@ def _show(serving: Serving, adapter: Adapter) -> Json:
         "created": int(adapter.created.timestamp()),
         "metadata": dict(adapter.metadata),
     }
+
+
+def _usage(serving: Serving, name: str) -> list[Json]:
+    since = datetime.now(UTC) - timedelta(days=1)
+    return [
+        {
+            "hour": int(used.hour.timestamp()),
+            "requests": used.requests,
+            "prompt_tokens": used.prompt_tokens,
+            "output_tokens": used.output_tokens,
+        }
+        for used in serving.usage.of(name, since)
+    ]
 
 
 def _show_version(serving: Serving, version: Version) -> Json:

@@ -96,6 +96,9 @@ class Journal:
                 adapter = call.adapter or serving.settings.base_name
                 about |= _about(call, outcome)
             serving.traffic.count(adapter, outcome, now)
+            if adapter is not None:
+                failed = status >= 400 or code is not None
+                serving.recent.ended(adapter, failed, outcome.prompt_tokens, outcome.first)
         if call is not None and (call.prompt_tokens or call.output_tokens):
             serving.usage.add(key.id, call.adapter or BASE, call.prompt_tokens, call.output_tokens)
         about = {name: value for name, value in about.items() if value is not None}

@@ -193,6 +193,24 @@ def test_lists_have_only_what_the_key_may_use(
         assert writer.delete(f"/v1/adapters/{name}").status_code == 200
 
 
+def test_live_shows_only_what_the_key_may_use(
+    ask: Ask, theirs: str, make_adapter: MakeAdapter
+) -> None:
+    them = ask("adapters:read", "adapters:write", "infer", adapters=["a.*"])
+    assert upload(them, "a.mine", make_adapter(5)).status_code == 201
+    everybody = ask("infer")
+    for name in ("a.mine", theirs, "base"):
+        asked = {"model": name, "prompt": "On", "max_tokens": 2}
+        assert everybody.post("/v1/completions", json=asked).status_code == 200
+    live = them.get("/v1/live").json()
+    assert [each["adapter"] for each in live["adapters"]] == ["a.mine"]
+    seen = {(each["reference"], each["digest"] is None) for each in live["resident"]}
+    assert seen == {("a.mine@1", False), (None, True)}
+    assert {event["reference"] for event in live["events"]} == {"a.mine@1"}
+    assert {name for each in live["history"] for name in each["adapters"]} == {"a.mine"}
+    assert them.delete("/v1/adapters/a.mine").status_code == 200
+
+
 def test_what_is_brought_is_called_as_the_key_says(
     ask: Ask, theirs: str, make_adapter: MakeAdapter
 ) -> None:

@@ -1,0 +1,149 @@
+"""What the server does at this moment and did in the last minutes, for those who watch it."""
+
+import time
+from collections.abc import Collection, Mapping, Sequence
+from typing import Annotated
+
+from anyio.to_thread import run_sync
+from fastapi import APIRouter, Query
+
+from server.gateway import Gateway
+from server.keys import BASE
+from server.recent import INTERVAL_S, Event, Interval, Work
+from server.routes import Json, Served
+from server.routes.access import Asker
+
+router = APIRouter(prefix="/v1/live", tags=["operations"])
+
+WINDOW_S = 60
+SHOWN = 50  # adapters, the busiest
+
+References = Mapping[str, Sequence[str]]  # by digest, those that the key may see
+
+
+@router.get("")
+async def live(
+    serving: Served,
+    asker: Asker,
+    since: Annotated[
+        float, Query(ge=0, description="Only intervals and events after this: `now` of a reply.")
+    ] = 0.0,
+) -> Json:
+    """Slots and host cache with what is in them, queues, and the last minutes by adapter.
+
+    Adapters are the busiest of the last minute, among those that the key may use.
+    """
+    now, gateway, recent = time.time(), serving.gateway, serving.recent
+    events = [event for event in recent.events if event.at > since]
+    digests = {event.digest for event in events}
+    if gateway is not None:
+        digests.update(entry.digest for entry in gateway.residency.entries())
+    references = {
+        digest: [each for each in named if asker.sees(_name(each))]
+        for digest, named in (await run_sync(serving.registry.references, digests)).items()
+    }
+    resident = _resident(gateway, references) if gateway else []
+    base = serving.settings.base_name
+    work = recent.within(WINDOW_S)
+    counts = _counts(gateway, base) if gateway else {}
+    tiers = {_name(each): entry["residency"] for entry in resident for each in entry["references"]}
+    names = [
+        name
+        for name in {base, *work, *counts, *tiers}
+        if asker.sees(BASE if name == base else name)
+    ]
+    names.sort(key=lambda name: (-sum(counts.get(name, ())), -_tokens(work, name), name))
+    shown = names[:SHOWN]
+    return {
+        "object": "live",
+        "now": now,
+        "started": serving.started,
+        "base": base,
+        "ready": serving.handlers is not None and not serving.ending,
+        "restarts": serving.restarts,
+        "slots": serving.settings.max_loras,
+        "places": serving.settings.host_capacity,
+        "resident": resident,
+        "window_s": WINDOW_S,
+        "adapters": [
+            _adapter(name, work.get(name, Work()), counts.get(name, (0, 0)))
+            | {"residency": None if name == base else tiers.get(name, "disk")}
+            for name in shown
+        ],
+        "events": [_event(event, references) for event in events if references.get(event.digest)],
+        "interval_s": INTERVAL_S,
+        "history": [_interval(each, shown) for each in recent.since(since)],
+    }
+
+
+def _name(reference: str) -> str:
+    return reference.partition("@")[0]
+
+
+def _tokens(work: Mapping[str, Work], name: str) -> int:
+    return work[name].output_tokens if name in work else 0
+
+
+def _counts(gateway: Gateway, base: str) -> dict[str, tuple[int, int]]:
+    """Waiting and running requests by adapter, without those of proofs."""
+    counts = gateway.admission.counts()
+    return {name: each for name, each in counts.items() if name == base or gateway.is_adapter(name)}
+
+
+def _resident(gateway: Gateway, references: References) -> list[Json]:
+    """What is in the engine; of what the key may not see, only that there is something."""
+    return [
+        {
+            "reference": seen[0] if seen else None,
+            "references": seen,
+            "digest": entry.digest if seen else None,
+            "residency": gateway.residency.tier(entry.digest),
+            "bytes": entry.bytes,
+            "leases": entry.leases,
+            "pinned": entry.pinned,
+        }
+        for entry in gateway.residency.entries()
+        for seen in [references.get(entry.digest, ())]
+    ]
+
+
+def _adapter(name: str, work: Work, counts: tuple[int, int]) -> Json:
+    waiting, running = counts
+    return {
+        "adapter": name,
+        "waiting": waiting,
+        "running": running,
+        "requests": work.requests,
+        "errors": work.errors,
+        "prompt_tokens_per_s": round(work.prompt_tokens / WINDOW_S, 2),
+        "tokens_per_s": round(work.output_tokens / WINDOW_S, 2),
+        "first_token_s": {"p50": work.first.percentile(0.5), "p99": work.first.percentile(0.99)},
+        "token_gap_s": {"p50": work.gaps.percentile(0.5), "p99": work.gaps.percentile(0.99)},
+    }
+
+
+def _event(event: Event, references: References) -> Json:
+    reference = references[event.digest][0]
+    return {
+        "at": event.at,
+        "event": event.what,
+        "reference": reference,
+        "seconds": None if event.seconds is None else round(event.seconds, 3),
+    }
+
+
+def _interval(interval: Interval, shown: Collection[str]) -> Json:
+    return {
+        "at": interval.at,
+        "adapters": {
+            name: {
+                "tokens": work.output_tokens,
+                "requests": work.requests,
+                "errors": work.errors,
+                "first_token_s": work.first.percentile(0.5),
+                "token_gap_s": work.gaps.percentile(0.5),
+            }
+            for name, work in interval.work.items()
+            if name in shown
+        },
+    }
