@@ -25,6 +25,7 @@ from server.routes import (
     ENDING,
     Serving,
     adapters,
+    console,
     failure,
     keys,
     live,
@@ -43,7 +44,7 @@ from server.watch import Watch
 
 FAREWELL_S = 3.0  # that requests have to tell their clients that they were ended
 POLL_S = 0.05
-PARTS = (openai, models, adapters, vllm, keys, usage, live, ops)
+PARTS = (openai, models, adapters, vllm, keys, usage, live, ops, console)
 
 
 def build(settings: Settings, folder: Path) -> Serving:

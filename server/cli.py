@@ -93,7 +93,7 @@ def _serve(settings: Settings) -> None:
         say(f"adapters: {', '.join(names) or 'none yet'}")
         if not keyed:
             say(_NO_KEYS)
-        say(f"http://{settings.host}:{settings.port}/v1  (try it: /docs; stop: Ctrl-C)")
+        say(f"http://{settings.host}:{settings.port}  (console; API at /v1; stop: Ctrl-C)")
 
     def start() -> Any:
         return launch.start(serving.args, settings.compile, say)

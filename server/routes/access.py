@@ -56,6 +56,8 @@ ACCESS: dict[tuple[str, str], str | None] = {
     ("GET", "/v1/usage"): ADMIN,
     # They name adapters: `--metrics-without-key` opens them.
     ("GET", "/metrics"): READ,
+    ("GET", "/"): PUBLIC,
+    ("GET", "/console/{file}"): PUBLIC,
     ("GET", "/health"): PUBLIC,
     ("GET", "/ready"): PUBLIC,
     ("GET", "/docs"): PUBLIC,

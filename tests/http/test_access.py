@@ -68,6 +68,7 @@ def theirs(admin: httpx.Client, make_adapter: MakeAdapter) -> str:
 
 def call(them: httpx.Client, method: str, path: str, name: str = "nobody") -> httpx.Response:
     path = path.replace("{name:path}", name).replace("{name}", name)
+    path = path.replace("{file}", "index.html")
     path = re.sub(r"\{\w+\}", "1", path)
     body = {"version": 1} if method == "PUT" else {}
     return them.request(method, path, json=body if method in ("PUT", "POST") else None)

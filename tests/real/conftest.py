@@ -16,15 +16,19 @@ import pytest
 import torch
 from xdist.scheduler import LoadScopeScheduling
 
+from tests.real.collector import Collector, collecting
+
 ENGINES_OF_THEIR_OWN = {
     "test_engine",
     "test_every_max_loras",
     "test_faults",
     "test_order",
+    "test_rolling_restart",
+    "test_soak",
     "test_staging",
     "test_variants",
-    "test_zz_pair",
 }
+LONGEST = ("test_soak", "test_faults")
 START_S = 300  # the first start of all compiles the model: 90 on a quiet machine
 LEFT_S = 20  # until what a test has left under way must be done
 COMPARED_S = 2  # until the server has compared what the engine has with what it should have
@@ -123,6 +127,11 @@ def pytest_configure(config: pytest.Config) -> None:
         os.sched_setaffinity(0, {cores[int(worker.removeprefix("gw")) % len(cores)]})
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What takes longest comes first, so that no process has it left at the end."""
+    items.sort(key=lambda item: item.path.stem not in LONGEST)
+
+
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Dealing:
     """xdist asks for it."""
     return Dealing(config, log)
@@ -169,8 +178,15 @@ def one_thread() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def server(session_home: Path) -> Iterator[Server]:
-    server = Server(session_home, "--compile")
+def collector() -> Iterator[Collector]:
+    """Whom the server sends its traces."""
+    with collecting() as collector:
+        yield collector
+
+
+@pytest.fixture(scope="session")
+def server(session_home: Path, collector: Collector) -> Iterator[Server]:
+    server = Server(session_home, "--compile", "--otlp-traces-endpoint", collector.url)
     server.start()
     yield server
     server.end()

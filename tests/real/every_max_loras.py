@@ -17,7 +17,7 @@ from server.engine.cpu import op
 from tests.conftest import SEVEN, THOROUGH
 
 MOST = 16
-SLOTS = tuple(range(1, MOST + 1)) if THOROUGH else (1, 2, 5, MOST)
+SLOTS = tuple(range(1, MOST + 1)) if THOROUGH else (1, 5, MOST)
 PROCESSES = 2  # most of an engine's start keeps one core busy
 TOKENS = 6
 CHUNK = 48  # tokens a step computes at most: longer prompts are cut

@@ -1,0 +1,296 @@
+// All adapters in a table, and the way in for new ones.
+
+import { pages, bring, upload } from "./api.js";
+import { bytes, count, date, h, notice, percent, show, trouble } from "./dom.js";
+
+const ROWS = 100; // on one page of the table
+const WAIT_MS = 120; // after a key, until the table is searched
+
+const COLUMNS = [
+  { title: "Name", of: (each) => each.name, cell: (each) => h("a", { href: `#/adapters/${encodeURIComponent(each.name)}` }, each.name), class: "name" },
+  { title: "Version", of: (each) => each.number, cell: (each) => each.number ?? "–", class: "number" },
+  { title: "Aliases", of: (each) => each.aliases, cell: (each) => each.aliases || "–" },
+  { title: "Rank", of: (each) => each.rank, cell: (each) => each.rank ?? "–", class: "number" },
+  { title: "α", of: (each) => each.alpha, cell: (each) => each.alpha ?? "–", class: "number" },
+  { title: "Modules", of: (each) => each.modules, cell: (each) => each.modules },
+  { title: "Size", of: (each) => each.bytes, cell: (each) => bytes(each.bytes), class: "number" },
+  { title: "Parameters", of: (each) => each.parameters, cell: (each) => count(each.parameters), class: "number" },
+  { title: "Where", of: (each) => each.where, cell: (each) => h("span", { class: `tier ${each.where}` }, each.where, each.pinned && " 📌") },
+  { title: "Created", of: (each) => each.created, cell: (each) => date(each.created) },
+];
+
+/** What a row shows, of an adapter's newest version that can be served. */
+function row(adapter) {
+  const versions = adapter.versions.filter((each) => each.state !== "deleted");
+  const newest = versions.at(-1) || {};
+  const tiers = new Set(versions.map((each) => each.residency));
+  const state = versions.some((each) => each.state === "quarantined") ? "quarantined" : null;
+  return {
+    name: adapter.name,
+    text: `${adapter.name} ${Object.keys(adapter.aliases).join(" ")}`.toLowerCase(),
+    number: newest.version,
+    aliases: Object.entries(adapter.aliases).filter(([alias]) => alias !== "latest").map(([alias, version]) => `${alias} → ${version}`).join(", "),
+    rank: newest.rank,
+    alpha: newest.alpha,
+    modules: modules(newest.target_modules),
+    bytes: newest.bytes || 0,
+    parameters: newest.parameters || 0,
+    where: state || ["slot", "host", "loading"].find((tier) => tiers.has(tier)) || "disk",
+    pinned: versions.some((each) => each.pinned),
+    created: adapter.created,
+  };
+}
+
+const ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+
+function modules(names) {
+  if (!names) return "–";
+  if (typeof names === "string") return names;
+  if (ALL.every((each) => names.includes(each))) return "all seven";
+  return names.map((each) => each.replace("_proj", "")).join(" ");
+}
+
+export function open(place) {
+  const state = { rows: [], seen: [], sort: 0, up: true, page: 0, whole: false, error: null, gone: false };
+  const search = h("input", { id: "search", type: "search", placeholder: "name or alias", autocomplete: "off", spellcheck: "false" });
+  const told = h("p", { class: "hint", role: "status" });
+  const body = h("tbody");
+  const heads = COLUMNS.map((column, index) =>
+    h("th", { scope: "col", class: column.class }, h("button", { type: "button", onclick: () => sortBy(index) }, column.title)),
+  );
+  const back = h("button", { type: "button", onclick: () => turn(-1) }, "‹ Back");
+  const on = h("button", { type: "button", onclick: () => turn(1) }, "Next ›");
+  const where = h("span", { class: "hint" });
+  const table = h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Adapters" }, h("table", { class: "adapters" }, h("thead", {}, h("tr", {}, heads)), body));
+  const pager = h("div", { class: "row pager" }, back, on, where);
+  const list = h("div");
+
+  function sortBy(index) {
+    state.up = state.sort === index ? !state.up : true;
+    state.sort = index;
+    arrange();
+  }
+
+  function turn(by) {
+    state.page += by;
+    draw();
+    table.scrollTop = 0;
+  }
+
+  /** What is searched for, sorted. */
+  function arrange() {
+    const wanted = search.value.trim().toLowerCase();
+    const { of } = COLUMNS[state.sort];
+    const found = wanted ? state.rows.filter((each) => each.text.includes(wanted)) : state.rows.slice();
+    const sign = state.up ? 1 : -1;
+    found.sort((one, other) => sign * order(of(one), of(other)) || order(one.name, other.name));
+    state.seen = found;
+    state.page = 0;
+    draw();
+  }
+
+  function draw() {
+    const last = Math.max(0, Math.ceil(state.seen.length / ROWS) - 1);
+    state.page = Math.min(Math.max(0, state.page), last);
+    const rows = state.seen.slice(state.page * ROWS, (state.page + 1) * ROWS);
+    show(body, rows.map((each) => h("tr", {}, COLUMNS.map((column) => h("td", { class: column.class }, column.cell(each))))));
+    heads.forEach((head, index) => {
+      if (index === state.sort) head.setAttribute("aria-sort", state.up ? "ascending" : "descending");
+      else head.removeAttribute("aria-sort");
+    });
+    back.disabled = state.page === 0;
+    on.disabled = state.page === last;
+    pager.hidden = last === 0;
+    where.textContent = last ? `page ${state.page + 1} of ${last + 1}` : "";
+    const all = state.rows.length;
+    told.textContent = `${state.seen.length === all ? "" : `${state.seen.length.toLocaleString()} of `}${all.toLocaleString()} adapters${state.whole ? "" : ", loading…"}`;
+    if (state.error) show(list, trouble(state.error, "The adapters cannot be listed"));
+    else if (!all && !state.whole) show(list, h("div", { class: "skeleton", role: "status", "aria-label": "Loading" }, [1, 2, 3].map(() => h("div"))));
+    else if (!all) show(list, notice("empty", "There are no adapters yet", "Drop the folder that PEFT's save_pretrained wrote on the field above, and ask it in the playground."));
+    else if (!rows.length) show(list, notice("empty", "No adapter is called that", h("button", { type: "button", onclick: () => { search.value = ""; arrange(); } }, "Show all")));
+    else if (table.parentNode !== list) show(list, table, pager);
+  }
+
+  async function load() {
+    Object.assign(state, { rows: [], whole: false, error: null });
+    draw();
+    try {
+      for await (const page of pages("/v1/adapters")) {
+        if (state.gone) return;
+        state.rows = state.rows.concat(page.map(row));
+        arrange();
+      }
+      state.whole = true;
+    } catch (error) {
+      state.error = error;
+    }
+    arrange();
+  }
+
+  let timer;
+  search.addEventListener("input", () => {
+    clearTimeout(timer);
+    timer = setTimeout(arrange, WAIT_MS);
+  });
+  show(
+    place,
+    h("h1", {}, "Adapters"),
+    entrance(load),
+    h("section", { class: "card" }, h("div", { class: "row" }, h("label", { for: "search" }, "Search"), search, h("span", { class: "grow" }), told, h("button", { type: "button", class: "quiet", onclick: load }, "Reload")), list),
+  );
+  load();
+  return () => {
+    state.gone = true;
+  };
+}
+
+function order(one, other) {
+  if (one === other) return 0;
+  if (one === undefined || one === null) return 1;
+  if (other === undefined || other === null) return -1;
+  if (typeof one === "string") return one < other ? -1 : 1;
+  return one - other;
+}
+
+/** Upload and import: a place to drop files on, a name, and what came of it. */
+function entrance(changed) {
+  let files = [];
+  const name = h("input", { id: "name", required: true, autocomplete: "off", spellcheck: "false", placeholder: "mine" });
+  const alias = h("input", { id: "alias", autocomplete: "off", spellcheck: "false", placeholder: "none" });
+  const source = h("input", { id: "source", autocomplete: "off", spellcheck: "false", placeholder: "hf://org/name@main, s3://bucket/folder" });
+  const picked = h("p", { class: "picked" }, "Drop an adapter here: its folder, its files, or an archive.");
+  const bar = h("progress", { max: 1, value: 0, hidden: true, "aria-label": "Progress" });
+  const stage = h("p", { class: "hint", role: "status" });
+  const outcome = h("div");
+  const folder = h("input", { type: "file", webkitdirectory: true, hidden: true, id: "folder", "aria-label": "The adapter's folder" });
+  const loose = h("input", { type: "file", multiple: true, hidden: true, id: "files", "aria-label": "The adapter's files" });
+  const buttons = ["Check only", "Upload"].map((text, index) => h("button", { type: "submit", value: index ? "upload" : "check", class: index ? "primary" : "" }, text));
+
+  function take(chosen, folderName) {
+    files = [...chosen];
+    const size = files.reduce((sum, file) => sum + file.size, 0);
+    picked.textContent = files.length ? `${files.map((file) => file.name).join(", ")} (${bytes(size)})` : "Nothing was in there.";
+    const suggested = folderName || (isArchive(files) ? files[0].name.replace(/\.(zip|tar|tgz|tar\.\w+)$/, "") : "");
+    if (!name.value && suggested) name.value = suggested.toLowerCase().replace(/[^a-z0-9._-]+/g, "-");
+    show(outcome);
+    if (!name.value) name.focus();
+  }
+
+  function form(checked) {
+    const data = new FormData();
+    if (!checked) data.append("name", name.value.trim());
+    if (!checked && alias.value.trim()) data.append("alias", alias.value.trim());
+    for (const file of files) data.append(isArchive(files) ? "archive" : "files", file, file.name);
+    return data;
+  }
+
+  function sent(share) {
+    bar.value = share;
+    stage.textContent = share < 1 ? `sending: ${percent(share, 0)}` : "sent; it is checked, and tried out in the engine…";
+    if (share === 1) bar.removeAttribute("value");
+  }
+
+  function fetched(one) {
+    if (one.bytes_total) bar.value = one.bytes / one.bytes_total;
+    else bar.removeAttribute("value");
+    stage.textContent = `${one.state}: ${bytes(one.bytes)}${one.bytes_total ? ` of ${bytes(one.bytes_total)}` : ""}`;
+  }
+
+  async function work(title, ask, then) {
+    buttons.forEach((each) => { each.disabled = true; });
+    bar.hidden = false;
+    show(outcome);
+    try {
+      show(outcome, then(await ask()));
+    } catch (error) {
+      show(outcome, trouble(error, title));
+    } finally {
+      buttons.forEach((each) => { each.disabled = false; });
+      bar.hidden = true;
+      bar.value = 0;
+      stage.textContent = "";
+    }
+  }
+
+  async function submit(event) {
+    event.preventDefault();
+    const checking = event.submitter?.value === "check";
+    const from = source.value.trim();
+    if (!files.length && !from) return show(outcome, notice("error", "Nothing to upload", "Drop an adapter on the field, choose its files, or name a source."));
+    if (!checking && !name.value.trim()) return name.focus();
+    if (!files.length && checking) return show(outcome, notice("error", "Only files can be checked", "What is imported is checked as it comes in."));
+    if (!files.length) {
+      const body = { name: name.value.trim(), source: from, alias: alias.value.trim() || null };
+      return work("The adapter was not imported", () => bring(body, fetched), taken);
+    }
+    if (checking) return work("The adapter would be refused", () => upload("/v1/adapters:check", form(true), sent), checked);
+    return work("The adapter was refused", () => upload("/v1/adapters", form(false), sent), taken);
+  }
+
+  function taken(version) {
+    files = [];
+    picked.textContent = "Drop the next one here.";
+    changed();
+    const link = `#/adapters/${encodeURIComponent(version.adapter)}`;
+    return notice("good", `${version.reference} is there`, h("span", {}, h("a", { href: link }, "Look at it"), " or ", h("a", { href: `#/?adapters=base,${encodeURIComponent(version.reference)}` }, "ask it beside the base"), "."), ...remarks(version.checks));
+  }
+
+  const drop = h(
+    "div",
+    { class: "drop" },
+    picked,
+    h("div", { class: "row" }, h("button", { type: "button", onclick: () => folder.click() }, "Choose a folder"), h("button", { type: "button", onclick: () => loose.click() }, "Choose files")),
+    folder,
+    loose,
+  );
+  drop.addEventListener("dragover", (event) => {
+    event.preventDefault();
+    drop.classList.add("over");
+  });
+  drop.addEventListener("dragleave", () => drop.classList.remove("over"));
+  drop.addEventListener("drop", async (event) => {
+    event.preventDefault();
+    drop.classList.remove("over");
+    const dropped = await contents(event.dataTransfer);
+    take(dropped.files, dropped.folder);
+  });
+  folder.addEventListener("change", () => take([...folder.files].filter(isTop), folder.files[0]?.webkitRelativePath.split("/")[0]));
+  loose.addEventListener("change", () => take(loose.files));
+
+  return h(
+    "form",
+    { class: "card entrance", onsubmit: submit, novalidate: true },
+    h("h2", {}, "Add one"),
+    drop,
+    h("div", { class: "row" }, h("span", { class: "pair" }, h("label", { for: "name" }, "Name"), name), h("span", { class: "pair" }, h("label", { for: "alias" }, "Alias"), alias), h("span", { class: "pair wide" }, h("label", { for: "source" }, "or from"), source), h("span", { class: "grow" }), buttons),
+    bar,
+    stage,
+    outcome,
+  );
+}
+
+function checked(seen) {
+  if (!seen.ok) return trouble({ message: "An upload would be refused:", problems: seen.checks.problems }, "The adapter would be refused");
+  return notice("good", "It can be served", `Rank ${seen.rank}, ${count(seen.parameters)} parameters, ${percent(seen.algebra.bytes_share, 2)} of the base's bytes, ${bytes(seen.bytes)}.`, ...remarks(seen.checks));
+}
+
+/** Warnings and advice of the checks, as paragraphs. */
+export function remarks(checks) {
+  return [...(checks?.warnings || []), ...(checks?.advice || [])].map((each) => h("span", {}, each.message, " ", each.fix));
+}
+
+const isArchive = (files) => files.length === 1 && /\.(zip|tar|tgz|tar\.\w+)$/.test(files[0].name);
+const isTop = (file) => file.webkitRelativePath.split("/").length === 2;
+
+/** The files of what was dropped: of one folder, those in it; or the files themselves. */
+async function contents(transfer) {
+  const [entry, another] = [...transfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
+  if (!entry?.isDirectory || another) return { files: [...transfer.files] };
+  const reader = entry.createReader();
+  const files = [];
+  for (;;) {
+    const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
+    if (!some.length) return { files, folder: entry.name };
+    for (const each of some.filter((one) => one.isFile)) files.push(await new Promise((resolve, reject) => each.file(resolve, reject)));
+  }
+}

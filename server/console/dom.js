@@ -1,0 +1,113 @@
+// Elements, and the few patterns that all pages use.
+
+const SVG = "http://www.w3.org/2000/svg";
+
+function fill(element, attributes, children) {
+  for (const [name, value] of Object.entries(attributes)) {
+    if (value === null || value === undefined || value === false) continue;
+    if (name.startsWith("on")) element.addEventListener(name.slice(2), value);
+    else if (name === "style") Object.assign(element.style, value);
+    else element.setAttribute(name, value === true ? "" : value);
+  }
+  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  return element;
+}
+
+/** h("a", {href: "…", onclick: f}, "text", child…): an element. Text is text, never markup. */
+export function h(tag, attributes = {}, ...children) {
+  return fill(document.createElement(tag), attributes, children);
+}
+
+/** The same for SVG. */
+export function s(tag, attributes = {}, ...children) {
+  return fill(document.createElementNS(SVG, tag), attributes, children);
+}
+
+export function show(place, ...children) {
+  place.replaceChildren(...children.flat(Infinity).filter(Boolean));
+}
+
+/** What is shown instead of a page or part that has nothing to show. */
+export function notice(kind, title, ...text) {
+  return h("div", { class: `notice ${kind}`, role: kind === "error" ? "alert" : "status" }, h("strong", {}, title), ...text.map((each) => h("p", {}, each)));
+}
+
+const ADVICE = {
+  0: "Start it, or look at its terminal.",
+  401: "Enter a key with the button at the top.",
+  403: "Enter another key with the button at the top, or ask whoever made this one for more.",
+  429: "Wait a moment, and try again.",
+  503: "It says so until its engine can answer: try again in a moment.",
+};
+
+/** An error of the API with everything it says: every problem with where, what and what to do. */
+export function trouble(error, title = "That did not work") {
+  const problems = (error.problems || []).map((problem) =>
+    h("li", {}, h("code", {}, problem.code), problem.where && h("span", { class: "where" }, problem.where), h("p", {}, problem.message), h("p", { class: "fix" }, problem.fix)),
+  );
+  return h(
+    "div",
+    { class: "notice error", role: "alert" },
+    h("strong", {}, title),
+    h("p", {}, error.message),
+    problems.length > 0 && h("ol", { class: "problems" }, problems),
+    !problems.length && ADVICE[error.status] && h("p", { class: "fix" }, ADVICE[error.status]),
+  );
+}
+
+export function toast(text, kind = "") {
+  const line = h("p", { class: `toast ${kind}` }, text);
+  document.querySelector("#toasts").append(line);
+  setTimeout(() => line.remove(), 6000);
+}
+
+/** Runs `work`; an error of the API is told in a toast. */
+export async function attempt(work) {
+  try {
+    return await work();
+  } catch (error) {
+    if (error.name !== "AbortError") toast(error.message, "error");
+    return undefined;
+  }
+}
+
+/** Asks before what cannot be undone. */
+export function confirmed(title, text, verb) {
+  const dialog = document.querySelector("#confirm");
+  document.querySelector("#confirm-title").textContent = title;
+  document.querySelector("#confirm-text").textContent = text;
+  document.querySelector("#confirm-yes").textContent = verb;
+  dialog.returnValue = "cancel";
+  dialog.showModal();
+  return new Promise((resolve) => dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true }));
+}
+
+export async function copy(text, what) {
+  try {
+    await navigator.clipboard.writeText(text);
+    toast(`Copied: ${what}`);
+  } catch {
+    // Without HTTPS a browser may have no clipboard: the text can be taken by hand.
+    const dialog = h("dialog", { "aria-label": what }, h("pre", { class: "code", tabindex: "0" }, text), h("form", { method: "dialog" }, h("button", {}, "Close")));
+    document.body.append(dialog);
+    dialog.addEventListener("close", () => dialog.remove());
+    dialog.showModal();
+  }
+}
+
+export const plural = (n, one) => `${count(n)} ${one}${n === 1 ? "" : "s"}`;
+export const bytes = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(2)} GB` : n >= 1e6 ? `${(n / 1e6).toFixed(1)} MB` : `${Math.ceil(n / 1e3)} kB`);
+export const count = (n) => (n >= 1e6 ? `${(n / 1e6).toFixed(1)} M` : n >= 1e4 ? `${Math.round(n / 1e3)} k` : `${n}`);
+export const time = (s) => (s === null || s === undefined ? "–" : s < 0.9995 ? `${Math.round(s * 1000)} ms` : s < 99.5 ? `${s.toFixed(s < 9.95 ? 2 : 1)} s` : `${Math.round(s / 60)} min`);
+export const date = (epoch) => (epoch ? new Date(epoch * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" }) : "–");
+export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
+
+const HUES = [174, 32, 239, 330, 90, 205, 275, 0, 55, 145];
+
+/** A colour that is always the same adapter's; the base is grey. */
+export function colour(name, base) {
+  if (name === base) return "var(--muted)";
+  let hash = 7;
+  for (const character of name) hash = (hash * 31 + character.codePointAt(0)) >>> 0;
+  return `hsl(${HUES[hash % HUES.length]} 60% var(--series))`;
+}
