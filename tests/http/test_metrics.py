@@ -188,6 +188,8 @@ def test_the_usage_is_by_key_and_adapter(http: httpx.Client, four: dict[str, str
     lines = http.get("/v1/usage", params={"format": "csv"}).text.splitlines()
     assert lines[0] == "hour,key,adapter,requests,prompt_tokens,output_tokens"
     assert any(",three," in line for line in lines[1:])
+    hours = http.get("/v1/adapters/three").json()["usage"]
+    assert sum(each["requests"] for each in hours) == before[0] + 1
     assert http.get("/v1/usage", params={"until": 10}).json()["data"] == []
     assert http.get("/v1/usage", params={"since": -1}).status_code == 400
 

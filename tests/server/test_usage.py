@@ -39,6 +39,16 @@ def test_what_was_used_adds_up(ledger: Usage) -> None:
     assert rows(ledger) == [("", "base", 1, 3, 4), ("k", "a", 3, 111, 107)]
 
 
+def test_of_one_adapter_all_keys_are_added_up(ledger: Usage) -> None:
+    ledger.add("k", "a", 10, 5)
+    ledger.add("other", "a", 1, 2)
+    ledger.add("k", "b", 3, 4)
+    ledger.flush()
+    [used] = ledger.of("a", LONG_AGO)
+    assert (used.key, used.requests, used.prompt_tokens, used.output_tokens) == ("", 2, 11, 7)
+    assert ledger.of("a", FAR) == ledger.of("nobody", LONG_AGO) == []
+
+
 def test_nothing_is_lost_while_the_database_fails(ledger: Usage) -> None:
     ledger.add("k", "a", 10, 5)
     with patch.object(Database, "write", side_effect=RegistryError("x")):
