@@ -7,15 +7,29 @@ const ROWS = 100; // on one page of the table
 const WAIT_MS = 120; // after a key, until the table is searched
 
 const COLUMNS = [
-  { title: "Name", of: (each) => each.name, cell: (each) => h("a", { href: `#/adapters/${encodeURIComponent(each.name)}` }, each.name), class: "name" },
+  {
+    title: "Name",
+    of: (each) => each.name,
+    cell: (each) => h("a", { href: `#/adapters/${encodeURIComponent(each.name)}` }, each.name),
+    class: "name",
+  },
   { title: "Version", of: (each) => each.number, cell: (each) => each.number ?? "–", class: "number" },
   { title: "Aliases", of: (each) => each.aliases, cell: (each) => each.aliases || "–" },
   { title: "Rank", of: (each) => each.rank, cell: (each) => each.rank ?? "–", class: "number" },
   { title: "α", of: (each) => each.alpha, cell: (each) => each.alpha ?? "–", class: "number" },
   { title: "Modules", of: (each) => each.modules, cell: (each) => each.modules },
   { title: "Size", of: (each) => each.bytes, cell: (each) => bytes(each.bytes), class: "number" },
-  { title: "Parameters", of: (each) => each.parameters, cell: (each) => count(each.parameters), class: "number" },
-  { title: "Where", of: (each) => each.where, cell: (each) => h("span", { class: `tier ${each.where}` }, each.where, each.pinned && " 📌") },
+  {
+    title: "Parameters",
+    of: (each) => each.parameters,
+    cell: (each) => count(each.parameters),
+    class: "number",
+  },
+  {
+    title: "Where",
+    of: (each) => each.where,
+    cell: (each) => h("span", { class: `tier ${each.where}` }, each.where, each.pinned && " 📌"),
+  },
   { title: "Created", of: (each) => each.created, cell: (each) => date(each.created) },
 ];
 
@@ -29,7 +43,10 @@ function row(adapter) {
     name: adapter.name,
     text: `${adapter.name} ${Object.keys(adapter.aliases).join(" ")}`.toLowerCase(),
     number: newest.version,
-    aliases: Object.entries(adapter.aliases).filter(([alias]) => alias !== "latest").map(([alias, version]) => `${alias} → ${version}`).join(", "),
+    aliases: Object.entries(adapter.aliases)
+      .filter(([alias]) => alias !== "latest")
+      .map(([alias, version]) => `${alias} → ${version}`)
+      .join(", "),
     rank: newest.rank,
     alpha: newest.alpha,
     modules: modules(newest.target_modules),
@@ -52,16 +69,30 @@ function modules(names) {
 
 export function open(place) {
   const state = { rows: [], seen: [], sort: 0, up: true, page: 0, whole: false, error: null, gone: false };
-  const search = h("input", { id: "search", type: "search", placeholder: "name or alias", autocomplete: "off", spellcheck: "false" });
+  const search = h("input", {
+    id: "search",
+    type: "search",
+    placeholder: "name or alias",
+    autocomplete: "off",
+    spellcheck: "false",
+  });
   const told = h("p", { class: "hint", role: "status" });
   const body = h("tbody");
   const heads = COLUMNS.map((column, index) =>
-    h("th", { scope: "col", class: column.class }, h("button", { type: "button", onclick: () => sortBy(index) }, column.title)),
+    h(
+      "th",
+      { scope: "col", class: column.class },
+      h("button", { type: "button", onclick: () => sortBy(index) }, column.title),
+    ),
   );
   const back = h("button", { type: "button", onclick: () => turn(-1) }, "‹ Back");
   const on = h("button", { type: "button", onclick: () => turn(1) }, "Next ›");
   const where = h("span", { class: "hint" });
-  const table = h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Adapters" }, h("table", { class: "adapters" }, h("thead", {}, h("tr", {}, heads)), body));
+  const table = h(
+    "div",
+    { class: "scroll", tabindex: "0", role: "region", "aria-label": "Adapters" },
+    h("table", { class: "adapters" }, h("thead", {}, h("tr", {}, heads)), body),
+  );
   const pager = h("div", { class: "row pager" }, back, on, where);
   const list = h("div");
 
@@ -93,7 +124,16 @@ export function open(place) {
     const last = Math.max(0, Math.ceil(state.seen.length / ROWS) - 1);
     state.page = Math.min(Math.max(0, state.page), last);
     const rows = state.seen.slice(state.page * ROWS, (state.page + 1) * ROWS);
-    show(body, rows.map((each) => h("tr", {}, COLUMNS.map((column) => h("td", { class: column.class }, column.cell(each))))));
+    show(
+      body,
+      rows.map((each) =>
+        h(
+          "tr",
+          {},
+          COLUMNS.map((column) => h("td", { class: column.class }, column.cell(each))),
+        ),
+      ),
+    );
     heads.forEach((head, index) => {
       if (index === state.sort) head.setAttribute("aria-sort", state.up ? "ascending" : "descending");
       else head.removeAttribute("aria-sort");
@@ -105,9 +145,43 @@ export function open(place) {
     const all = state.rows.length;
     told.textContent = `${state.seen.length === all ? "" : `${state.seen.length.toLocaleString()} of `}${all.toLocaleString()} adapters${state.whole ? "" : ", loading…"}`;
     if (state.error) show(list, trouble(state.error, "The adapters cannot be listed"));
-    else if (!all && !state.whole) show(list, h("div", { class: "skeleton", role: "status", "aria-label": "Loading" }, [1, 2, 3].map(() => h("div"))));
-    else if (!all) show(list, notice("empty", "There are no adapters yet", "Drop the folder that PEFT's save_pretrained wrote on the field above, and ask it in the playground."));
-    else if (!rows.length) show(list, notice("empty", "No adapter is called that", h("button", { type: "button", onclick: () => { search.value = ""; arrange(); } }, "Show all")));
+    else if (!all && !state.whole)
+      show(
+        list,
+        h(
+          "div",
+          { class: "skeleton", role: "status", "aria-label": "Loading" },
+          [1, 2, 3].map(() => h("div")),
+        ),
+      );
+    else if (!all)
+      show(
+        list,
+        notice(
+          "empty",
+          "There are no adapters yet",
+          "Drop the folder that PEFT's save_pretrained wrote on the field above, and ask it in the playground.",
+        ),
+      );
+    else if (!rows.length)
+      show(
+        list,
+        notice(
+          "empty",
+          "No adapter is called that",
+          h(
+            "button",
+            {
+              type: "button",
+              onclick: () => {
+                search.value = "";
+                arrange();
+              },
+            },
+            "Show all",
+          ),
+        ),
+      );
     else if (table.parentNode !== list) show(list, table, pager);
   }
 
@@ -136,7 +210,20 @@ export function open(place) {
     place,
     h("h1", {}, "Adapters"),
     entrance(load),
-    h("section", { class: "card" }, h("div", { class: "row" }, h("label", { for: "search" }, "Search"), search, h("span", { class: "grow" }), told, h("button", { type: "button", class: "quiet", onclick: load }, "Reload")), list),
+    h(
+      "section",
+      { class: "card" },
+      h(
+        "div",
+        { class: "row" },
+        h("label", { for: "search" }, "Search"),
+        search,
+        h("span", { class: "grow" }),
+        told,
+        h("button", { type: "button", class: "quiet", onclick: load }, "Reload"),
+      ),
+      list,
+    ),
   );
   load();
   return () => {
@@ -155,22 +242,50 @@ function order(one, other) {
 /** Upload and import: a place to drop files on, a name, and what came of it. */
 function entrance(changed) {
   let files = [];
-  const name = h("input", { id: "name", required: true, autocomplete: "off", spellcheck: "false", placeholder: "mine" });
+  const name = h("input", {
+    id: "name",
+    required: true,
+    autocomplete: "off",
+    spellcheck: "false",
+    placeholder: "mine",
+  });
   const alias = h("input", { id: "alias", autocomplete: "off", spellcheck: "false", placeholder: "none" });
-  const source = h("input", { id: "source", autocomplete: "off", spellcheck: "false", placeholder: "hf://org/name@main, s3://bucket/folder" });
+  const source = h("input", {
+    id: "source",
+    autocomplete: "off",
+    spellcheck: "false",
+    placeholder: "hf://org/name@main, s3://bucket/folder",
+  });
   const picked = h("p", { class: "picked" }, "Drop an adapter here: its folder, its files, or an archive.");
   const bar = h("progress", { max: 1, value: 0, hidden: true, "aria-label": "Progress" });
   const stage = h("p", { class: "hint", role: "status" });
   const outcome = h("div");
-  const folder = h("input", { type: "file", webkitdirectory: true, hidden: true, id: "folder", "aria-label": "The adapter's folder" });
-  const loose = h("input", { type: "file", multiple: true, hidden: true, id: "files", "aria-label": "The adapter's files" });
-  const buttons = ["Check only", "Upload"].map((text, index) => h("button", { type: "submit", value: index ? "upload" : "check", class: index ? "primary" : "" }, text));
+  const folder = h("input", {
+    type: "file",
+    webkitdirectory: true,
+    hidden: true,
+    id: "folder",
+    "aria-label": "The adapter's folder",
+  });
+  const loose = h("input", {
+    type: "file",
+    multiple: true,
+    hidden: true,
+    id: "files",
+    "aria-label": "The adapter's files",
+  });
+  const buttons = ["Check only", "Upload"].map((text, index) =>
+    h("button", { type: "submit", value: index ? "upload" : "check", class: index ? "primary" : "" }, text),
+  );
 
   function take(chosen, folderName) {
     files = [...chosen];
     const size = files.reduce((sum, file) => sum + file.size, 0);
-    picked.textContent = files.length ? `${files.map((file) => file.name).join(", ")} (${bytes(size)})` : "Nothing was in there.";
-    const suggested = folderName || (isArchive(files) ? files[0].name.replace(/\.(zip|tar|tgz|tar\.\w+)$/, "") : "");
+    picked.textContent = files.length
+      ? `${files.map((file) => file.name).join(", ")} (${bytes(size)})`
+      : "Nothing was in there.";
+    const suggested =
+      folderName || (isArchive(files) ? files[0].name.replace(/\.(zip|tar|tgz|tar\.\w+)$/, "") : "");
     if (!name.value && suggested) name.value = suggested.toLowerCase().replace(/[^a-z0-9._-]+/g, "-");
     show(outcome);
     if (!name.value) name.focus();
@@ -186,7 +301,8 @@ function entrance(changed) {
 
   function sent(share) {
     bar.value = share;
-    stage.textContent = share < 1 ? `sending: ${percent(share, 0)}` : "sent; it is checked, and tried out in the engine…";
+    stage.textContent =
+      share < 1 ? `sending: ${percent(share, 0)}` : "sent; it is checked, and tried out in the engine…";
     if (share === 1) bar.removeAttribute("value");
   }
 
@@ -197,7 +313,9 @@ function entrance(changed) {
   }
 
   async function work(title, ask, then) {
-    buttons.forEach((each) => { each.disabled = true; });
+    buttons.forEach((each) => {
+      each.disabled = true;
+    });
     bar.hidden = false;
     show(outcome);
     try {
@@ -205,7 +323,9 @@ function entrance(changed) {
     } catch (error) {
       show(outcome, trouble(error, title));
     } finally {
-      buttons.forEach((each) => { each.disabled = false; });
+      buttons.forEach((each) => {
+        each.disabled = false;
+      });
       bar.hidden = true;
       bar.value = 0;
       stage.textContent = "";
@@ -216,14 +336,31 @@ function entrance(changed) {
     event.preventDefault();
     const checking = event.submitter?.value === "check";
     const from = source.value.trim();
-    if (!files.length && !from) return show(outcome, notice("error", "Nothing to upload", "Drop an adapter on the field, choose its files, or name a source."));
+    if (!files.length && !from)
+      return show(
+        outcome,
+        notice(
+          "error",
+          "Nothing to upload",
+          "Drop an adapter on the field, choose its files, or name a source.",
+        ),
+      );
     if (!checking && !name.value.trim()) return name.focus();
-    if (!files.length && checking) return show(outcome, notice("error", "Only files can be checked", "What is imported is checked as it comes in."));
+    if (!files.length && checking)
+      return show(
+        outcome,
+        notice("error", "Only files can be checked", "What is imported is checked as it comes in."),
+      );
     if (!files.length) {
       const body = { name: name.value.trim(), source: from, alias: alias.value.trim() || null };
       return work("The adapter was not imported", () => bring(body, fetched), taken);
     }
-    if (checking) return work("The adapter would be refused", () => upload("/v1/adapters:check", form(true), sent), checked);
+    if (checking)
+      return work(
+        "The adapter would be refused",
+        () => upload("/v1/adapters:check", form(true), sent),
+        checked,
+      );
     return work("The adapter was refused", () => upload("/v1/adapters", form(false), sent), taken);
   }
 
@@ -232,14 +369,35 @@ function entrance(changed) {
     picked.textContent = "Drop the next one here.";
     changed();
     const link = `#/adapters/${encodeURIComponent(version.adapter)}`;
-    return notice("good", `${version.reference} is there`, h("span", {}, h("a", { href: link }, "Look at it"), " or ", h("a", { href: `#/?adapters=base,${encodeURIComponent(version.reference)}` }, "ask it beside the base"), "."), ...remarks(version.checks));
+    return notice(
+      "good",
+      `${version.reference} is there`,
+      h(
+        "span",
+        {},
+        h("a", { href: link }, "Look at it"),
+        " or ",
+        h(
+          "a",
+          { href: `#/?adapters=base,${encodeURIComponent(version.reference)}` },
+          "ask it beside the base",
+        ),
+        ".",
+      ),
+      ...remarks(version.checks),
+    );
   }
 
   const drop = h(
     "div",
     { class: "drop" },
     picked,
-    h("div", { class: "row" }, h("button", { type: "button", onclick: () => folder.click() }, "Choose a folder"), h("button", { type: "button", onclick: () => loose.click() }, "Choose files")),
+    h(
+      "div",
+      { class: "row" },
+      h("button", { type: "button", onclick: () => folder.click() }, "Choose a folder"),
+      h("button", { type: "button", onclick: () => loose.click() }, "Choose files"),
+    ),
     folder,
     loose,
   );
@@ -254,7 +412,9 @@ function entrance(changed) {
     const dropped = await contents(event.dataTransfer);
     take(dropped.files, dropped.folder);
   });
-  folder.addEventListener("change", () => take([...folder.files].filter(isTop), folder.files[0]?.webkitRelativePath.split("/")[0]));
+  folder.addEventListener("change", () =>
+    take([...folder.files].filter(isTop), folder.files[0]?.webkitRelativePath.split("/")[0]),
+  );
   loose.addEventListener("change", () => take(loose.files));
 
   return h(
@@ -262,7 +422,15 @@ function entrance(changed) {
     { class: "card entrance", onsubmit: submit, novalidate: true },
     h("h2", {}, "Add one"),
     drop,
-    h("div", { class: "row" }, h("span", { class: "pair" }, h("label", { for: "name" }, "Name"), name), h("span", { class: "pair" }, h("label", { for: "alias" }, "Alias"), alias), h("span", { class: "pair wide" }, h("label", { for: "source" }, "or from"), source), h("span", { class: "grow" }), buttons),
+    h(
+      "div",
+      { class: "row" },
+      h("span", { class: "pair" }, h("label", { for: "name" }, "Name"), name),
+      h("span", { class: "pair" }, h("label", { for: "alias" }, "Alias"), alias),
+      h("span", { class: "pair wide" }, h("label", { for: "source" }, "or from"), source),
+      h("span", { class: "grow" }),
+      buttons,
+    ),
     bar,
     stage,
     outcome,
@@ -270,13 +438,24 @@ function entrance(changed) {
 }
 
 function checked(seen) {
-  if (!seen.ok) return trouble({ message: "An upload would be refused:", problems: seen.checks.problems }, "The adapter would be refused");
-  return notice("good", "It can be served", `Rank ${seen.rank}, ${count(seen.parameters)} parameters, ${percent(seen.algebra.bytes_share, 2)} of the base's bytes, ${bytes(seen.bytes)}.`, ...remarks(seen.checks));
+  if (!seen.ok)
+    return trouble(
+      { message: "An upload would be refused:", problems: seen.checks.problems },
+      "The adapter would be refused",
+    );
+  return notice(
+    "good",
+    "It can be served",
+    `Rank ${seen.rank}, ${count(seen.parameters)} parameters, ${percent(seen.algebra.bytes_share, 2)} of the base's bytes, ${bytes(seen.bytes)}.`,
+    ...remarks(seen.checks),
+  );
 }
 
 /** Warnings and advice of the checks, as paragraphs. */
 export function remarks(checks) {
-  return [...(checks?.warnings || []), ...(checks?.advice || [])].map((each) => h("span", {}, each.message, " ", each.fix));
+  return [...(checks?.warnings || []), ...(checks?.advice || [])].map((each) =>
+    h("span", {}, each.message, " ", each.fix),
+  );
 }
 
 const isArchive = (files) => files.length === 1 && /\.(zip|tar|tgz|tar\.\w+)$/.test(files[0].name);
@@ -291,6 +470,7 @@ async function contents(transfer) {
   for (;;) {
     const some = await new Promise((resolve, reject) => reader.readEntries(resolve, reject));
     if (!some.length) return { files, folder: entry.name };
-    for (const each of some.filter((one) => one.isFile)) files.push(await new Promise((resolve, reject) => each.file(resolve, reject)));
+    for (const each of some.filter((one) => one.isFile))
+      files.push(await new Promise((resolve, reject) => each.file(resolve, reject)));
   }
 }

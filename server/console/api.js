@@ -70,7 +70,10 @@ async function* events(reply) {
     for (const part of parts) {
       const lines = part.split("\n");
       const event = lines.find((line) => line.startsWith("event: "))?.slice(7);
-      const data = lines.filter((line) => line.startsWith("data: ")).map((line) => line.slice(6)).join("\n");
+      const data = lines
+        .filter((line) => line.startsWith("data: "))
+        .map((line) => line.slice(6))
+        .join("\n");
       if (data && data !== "[DONE]") yield { event, data: JSON.parse(data) };
     }
   }
@@ -107,13 +110,19 @@ export async function chat(body, told, signal) {
 
 /** Has the server fetch an adapter; `told(import)` as it goes on. Returns the version. */
 export async function bring(body, told) {
-  const reply = await ask("/v1/adapters", { method: "POST", json: body, more: { accept: "text/event-stream" } });
+  const reply = await ask("/v1/adapters", {
+    method: "POST",
+    json: body,
+    more: { accept: "text/event-stream" },
+  });
   for await (const { event, data } of events(reply)) {
     if (event === "ready") return data;
     if (event === "error") throw new ApiError(500, data.error);
     told(data);
   }
-  throw new ApiError(0, { message: "The import's progress broke off; the adapter's page says how it ended." });
+  throw new ApiError(0, {
+    message: "The import's progress broke off; the adapter's page says how it ended.",
+  });
 }
 
 /** Uploads a form; `told(share)` of what has been sent. Not by fetch, which cannot say how far it is. */
@@ -125,7 +134,8 @@ export function upload(path, form, told) {
     for (const [name, value] of Object.entries(headers())) request.setRequestHeader(name, value);
     request.upload.onprogress = (event) => event.lengthComputable && told(event.loaded / event.total);
     request.upload.onload = () => told(1);
-    request.onerror = () => reject(new ApiError(0, { message: "The connection broke off. Upload it again." }));
+    request.onerror = () =>
+      reject(new ApiError(0, { message: "The connection broke off. Upload it again." }));
     request.onload = () =>
       request.status < 300 ? resolve(request.response) : reject(refused(request.status, request.response));
     request.send(form);

@@ -29,12 +29,12 @@ async function route() {
     else link.removeAttribute("aria-current");
   });
   const [pattern, page, title] = PAGES.find(([each]) => each.test(path)) || [];
-  if (!page) return show(main, notice("empty", "There is no such page", h("a", { href: "#/" }, "To the playground")));
+  if (!page)
+    return show(main, notice("empty", "There is no such page", h("a", { href: "#/" }, "To the playground")));
   const parts = path.match(pattern).slice(1).map(decodeURIComponent);
   document.title = `${parts[0] || title} · Loraplex`;
   scrollTo(0, 0);
   leave = page.open(main, ...parts, new URLSearchParams(query)) || (() => {});
-  return undefined;
 }
 
 async function look() {
@@ -94,7 +94,11 @@ document.querySelector("#ask-key-value").addEventListener("keydown", (event) => 
   document.querySelector("#ask-key").close("use");
 });
 addEventListener("unauthorized", () =>
-  askKey(key() ? "The server does not know this key, or it has expired. Enter another." : "This server wants an API key. Enter yours."),
+  askKey(
+    key()
+      ? "The server does not know this key, or it has expired. Enter another."
+      : "This server wants an API key. Enter yours.",
+  ),
 );
 addEventListener("hashchange", route);
 document.querySelector(".skip").addEventListener("click", (event) => {

@@ -10,16 +10,54 @@ function figure(caption, picture, ...below) {
 
 /** Columns of numbers for those who cannot see the picture, or want them. */
 function numbers(heads, rows) {
-  return h("details", { class: "numbers" }, h("summary", {}, "Numbers"), h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Numbers" }, h("table", {}, h("thead", {}, h("tr", {}, heads.map((each) => h("th", { scope: "col" }, each)))), h("tbody", {}, rows.map((row) => h("tr", {}, row.map((each) => h("td", { class: "number" }, each))))))));
+  return h(
+    "details",
+    { class: "numbers" },
+    h("summary", {}, "Numbers"),
+    h(
+      "div",
+      { class: "scroll", tabindex: "0", role: "region", "aria-label": "Numbers" },
+      h(
+        "table",
+        {},
+        h(
+          "thead",
+          {},
+          h(
+            "tr",
+            {},
+            heads.map((each) => h("th", { scope: "col" }, each)),
+          ),
+        ),
+        h(
+          "tbody",
+          {},
+          rows.map((row) =>
+            h(
+              "tr",
+              {},
+              row.map((each) => h("td", { class: "number" }, each)),
+            ),
+          ),
+        ),
+      ),
+    ),
+  );
 }
 
 /** ‖ΔW‖ by layer and module; darker is more. */
 export function heat(layers) {
   const places = layers.map((layer) => {
-    const [, number = "0", module] = layer.module.match(/(?:^|\.)(\d+)\..*?([^.]+)$/) || [null, "0", layer.module];
+    const [, number = "0", module] = layer.module.match(/(?:^|\.)(\d+)\..*?([^.]+)$/) || [
+      null,
+      "0",
+      layer.module,
+    ];
     return { ...layer, number: Number(number), kind: module };
   });
-  const kinds = [...new Set(places.map((each) => each.kind))].sort((one, other) => ORDER.indexOf(one) - ORDER.indexOf(other));
+  const kinds = [...new Set(places.map((each) => each.kind))].sort(
+    (one, other) => ORDER.indexOf(one) - ORDER.indexOf(other),
+  );
   const last = Math.max(...places.map((each) => each.number));
   const most = Math.max(...places.map((each) => each.norm)) || 1;
   const [cell, high, left, top] = [24, 22, 84, 20];
@@ -30,18 +68,42 @@ export function heat(layers) {
   const width = left + (last + 1) * cell;
   const picture = s(
     "svg",
-    { viewBox: `0 0 ${width} ${top + kinds.length * high + 4}`, class: "heat", role: "img", "aria-label": `‖ΔW‖ of ${places.length} modules in ${last + 1} layers, at most ${most.toPrecision(3)}, in ${largest(places)}` },
-    kinds.map((kind, row) => s("text", { x: left - 8, y: top + row * high + 15, "text-anchor": "end" }, kind)),
-    Array.from({ length: last + 1 }, (_, layer) => layer % 5 === 0 && s("text", { x: left + layer * cell + cell / 2, y: 14, "text-anchor": "middle" }, `${layer}`)),
+    {
+      viewBox: `0 0 ${width} ${top + kinds.length * high + 4}`,
+      class: "heat",
+      role: "img",
+      "aria-label": `‖ΔW‖ of ${places.length} modules in ${last + 1} layers, at most ${most.toPrecision(3)}, in ${largest(places)}`,
+    },
+    kinds.map((kind, row) =>
+      s("text", { x: left - 8, y: top + row * high + 15, "text-anchor": "end" }, kind),
+    ),
+    Array.from(
+      { length: last + 1 },
+      (_, layer) =>
+        layer % 5 === 0 &&
+        s("text", { x: left + layer * cell + cell / 2, y: 14, "text-anchor": "middle" }, `${layer}`),
+    ),
     places.map((each) =>
-      s("rect", { x: left + each.number * cell + 1, y: top + kinds.indexOf(each.kind) * high + 1, width: cell - 2, height: high - 2, rx: 3, class: "cell", style: { fillOpacity: 0.06 + 0.94 * (each.norm / most) }, onpointerenter: tell(each) }),
+      s("rect", {
+        x: left + each.number * cell + 1,
+        y: top + kinds.indexOf(each.kind) * high + 1,
+        width: cell - 2,
+        height: high - 2,
+        rx: 3,
+        class: "cell",
+        style: { fillOpacity: 0.06 + 0.94 * (each.norm / most) },
+        onpointerenter: tell(each),
+      }),
     ),
   );
   return figure(
     "‖ΔW‖ by layer and module",
     h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Heat map" }, picture),
     readout,
-    numbers(["module", "‖ΔW‖", "rank", "rank of 99 %"], places.map((each) => [each.module, each.norm.toPrecision(3), each.rank, each.rank_99])),
+    numbers(
+      ["module", "‖ΔW‖", "rank", "rank of 99 %"],
+      places.map((each) => [each.module, each.norm.toPrecision(3), each.rank, each.rank_99]),
+    ),
   );
 }
 
@@ -61,14 +123,27 @@ export function curve(energy, rank99) {
     `${rank99} of ${energy.length} directions keep 99 % of the change`,
     s(
       "svg",
-      { viewBox: `0 0 ${width} ${high}`, class: "curve", role: "img", "aria-label": `Share of the change's energy by the number of directions kept: one keeps ${percent(energy[0] || 0)}, ${rank99} keep 99 %` },
-      [0, 0.5, 1].map((share) => [s("line", { x1: left, x2: width - 12, y1: y(share), y2: y(share), class: "grid" }), s("text", { x: left - 6, y: y(share) + 4, "text-anchor": "end" }, percent(share, 0))]),
+      {
+        viewBox: `0 0 ${width} ${high}`,
+        class: "curve",
+        role: "img",
+        "aria-label": `Share of the change's energy by the number of directions kept: one keeps ${percent(energy[0] || 0)}, ${rank99} keep 99 %`,
+      },
+      [0, 0.5, 1].map((share) => [
+        s("line", { x1: left, x2: width - 12, y1: y(share), y2: y(share), class: "grid" }),
+        s("text", { x: left - 6, y: y(share) + 4, "text-anchor": "end" }, percent(share, 0)),
+      ]),
       s("line", { x1: left, x2: width - 12, y1: y(0.99), y2: y(0.99), class: "mark" }),
       ticks.map((k) => s("text", { x: x(k), y: high - 10, "text-anchor": "middle" }, `${k}`)),
       energy.length > 1 && s("polyline", { points, class: "line" }),
-      energy.map((share, index) => s("circle", { cx: x(index + 1), cy: y(share), r: index + 1 === rank99 ? 5 : 2.5, class: "dot" })),
+      energy.map((share, index) =>
+        s("circle", { cx: x(index + 1), cy: y(share), r: index + 1 === rank99 ? 5 : 2.5, class: "dot" }),
+      ),
     ),
-    numbers(["directions", "share"], energy.map((share, index) => [index + 1, percent(share, 2)])),
+    numbers(
+      ["directions", "share"],
+      energy.map((share, index) => [index + 1, percent(share, 2)]),
+    ),
   );
 }
 
@@ -83,7 +158,26 @@ export function share(algebra) {
   const part = (index) => rows[index][1] / rows[index - (index % 2)][1];
   return figure(
     `${percent(algebra.reduction)} fewer numbers than ΔW has, ${percent(algebra.bytes_share, 2)} of the base's bytes`,
-    h("dl", { class: "bars" }, rows.map(([name, value, say], index) => h("div", {}, h("dt", {}, name), h("dd", {}, h("span", { class: `bar ${index % 2 ? "part" : ""}`, style: { width: `${Math.max(0.6, 100 * part(index))}%` } }), h("span", {}, say(value)))))),
+    h(
+      "dl",
+      { class: "bars" },
+      rows.map(([name, value, say], index) =>
+        h(
+          "div",
+          {},
+          h("dt", {}, name),
+          h(
+            "dd",
+            {},
+            h("span", {
+              class: `bar ${index % 2 ? "part" : ""}`,
+              style: { width: `${Math.max(0.6, 100 * part(index))}%` },
+            }),
+            h("span", {}, say(value)),
+          ),
+        ),
+      ),
+    ),
   );
 }
 
@@ -95,19 +189,42 @@ export function bars(hours) {
   const most = Math.max(...hours.map((each) => each.requests));
   const slots = Array.from({ length: 25 }, (_, index) => now - (24 - index) * 3600);
   const step = width / slots.length;
-  const label = (hour) => new Date(hour * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
+  const label = (hour) =>
+    new Date(hour * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
   return figure(
     `Requests by hour, at most ${count(most)}`,
     s(
       "svg",
-      { viewBox: `0 0 ${width} ${high}`, role: "img", "aria-label": `Requests by hour; the most in one hour is ${most}` },
+      {
+        viewBox: `0 0 ${width} ${high}`,
+        role: "img",
+        "aria-label": `Requests by hour; the most in one hour is ${most}`,
+      },
       s("line", { x1: 0, x2: width, y1: high - bottom, y2: high - bottom, class: "grid" }),
       slots.map((hour, index) => {
         const tall = ((by.get(hour)?.requests || 0) / most) * (high - bottom - 6);
-        return [s("rect", { x: index * step + 2, y: high - bottom - tall, width: step - 4, height: tall, rx: 2, class: "column" }, s("title", {}, `${label(hour)}: ${by.get(hour)?.requests || 0}`)), index % 6 === 0 && s("text", { x: index * step + step / 2, y: high - 6, "text-anchor": "middle" }, label(hour))];
+        return [
+          s(
+            "rect",
+            {
+              x: index * step + 2,
+              y: high - bottom - tall,
+              width: step - 4,
+              height: tall,
+              rx: 2,
+              class: "column",
+            },
+            s("title", {}, `${label(hour)}: ${by.get(hour)?.requests || 0}`),
+          ),
+          index % 6 === 0 &&
+            s("text", { x: index * step + step / 2, y: high - 6, "text-anchor": "middle" }, label(hour)),
+        ];
       }),
     ),
-    numbers(["hour", "requests", "tokens asked", "tokens answered"], hours.map((each) => [label(each.hour), each.requests, each.prompt_tokens, each.output_tokens])),
+    numbers(
+      ["hour", "requests", "tokens asked", "tokens answered"],
+      hours.map((each) => [label(each.hour), each.requests, each.prompt_tokens, each.output_tokens]),
+    ),
   );
 }
 
@@ -120,15 +237,40 @@ export function lines(title, series, step, say) {
   const x = (index) => left + ((width - left - 8) * index) / (length - 1);
   const y = (value) => 8 + (high - bottom - 8) * (1 - value / most);
   const ago = (index) => `${Math.round(((length - 1 - index) * step) / 60)} min`;
-  const now = series.map((each) => `${each.name} ${say(each.values.findLast((value) => value !== null) ?? null)}`).join(", ");
+  const now = series
+    .map((each) => `${each.name} ${say(each.values.findLast((value) => value !== null) ?? null)}`)
+    .join(", ");
   return figure(
     title,
     s(
       "svg",
-      { viewBox: `0 0 ${width} ${high}`, role: "img", "aria-label": `${title} over the last minutes. Last: ${now || "nothing"}` },
-      [0, 0.5, 1].map((part) => [s("line", { x1: left, x2: width - 8, y1: y(part * most), y2: y(part * most), class: "grid" }), s("text", { x: left - 6, y: y(part * most) + 4, "text-anchor": "end" }, say(part * most))]),
-      [0, length - 1].map((index) => s("text", { x: x(index), y: high - 6, "text-anchor": index ? "end" : "start" }, index ? "now" : `${ago(index)} ago`)),
-      series.map((each) => runs(each.values).map((run) => (run.length > 1 ? s("polyline", { points: run.map(([index, value]) => `${x(index)},${y(value)}`).join(" "), class: "line", style: { stroke: each.colour } }) : s("circle", { cx: x(run[0][0]), cy: y(run[0][1]), r: 2.5, style: { fill: each.colour } })))),
+      {
+        viewBox: `0 0 ${width} ${high}`,
+        role: "img",
+        "aria-label": `${title} over the last minutes. Last: ${now || "nothing"}`,
+      },
+      [0, 0.5, 1].map((part) => [
+        s("line", { x1: left, x2: width - 8, y1: y(part * most), y2: y(part * most), class: "grid" }),
+        s("text", { x: left - 6, y: y(part * most) + 4, "text-anchor": "end" }, say(part * most)),
+      ]),
+      [0, length - 1].map((index) =>
+        s(
+          "text",
+          { x: x(index), y: high - 6, "text-anchor": index ? "end" : "start" },
+          index ? "now" : `${ago(index)} ago`,
+        ),
+      ),
+      series.map((each) =>
+        runs(each.values).map((run) =>
+          run.length > 1
+            ? s("polyline", {
+                points: run.map(([index, value]) => `${x(index)},${y(value)}`).join(" "),
+                class: "line",
+                style: { stroke: each.colour },
+              })
+            : s("circle", { cx: x(run[0][0]), cy: y(run[0][1]), r: 2.5, style: { fill: each.colour } }),
+        ),
+      ),
     ),
   );
 }

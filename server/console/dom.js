@@ -9,7 +9,9 @@ function fill(element, attributes, children) {
     else if (name === "style") Object.assign(element.style, value);
     else element.setAttribute(name, value === true ? "" : value);
   }
-  element.append(...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false));
+  element.append(
+    ...children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false),
+  );
   return element;
 }
 
@@ -29,7 +31,12 @@ export function show(place, ...children) {
 
 /** What is shown instead of a page or part that has nothing to show. */
 export function notice(kind, title, ...text) {
-  return h("div", { class: `notice ${kind}`, role: kind === "error" ? "alert" : "status" }, h("strong", {}, title), ...text.map((each) => h("p", {}, each)));
+  return h(
+    "div",
+    { class: `notice ${kind}`, role: kind === "error" ? "alert" : "status" },
+    h("strong", {}, title),
+    ...text.map((each) => h("p", {}, each)),
+  );
 }
 
 const ADVICE = {
@@ -43,7 +50,14 @@ const ADVICE = {
 /** An error of the API with everything it says: every problem with where, what and what to do. */
 export function trouble(error, title = "That did not work") {
   const problems = (error.problems || []).map((problem) =>
-    h("li", {}, h("code", {}, problem.code), problem.where && h("span", { class: "where" }, problem.where), h("p", {}, problem.message), h("p", { class: "fix" }, problem.fix)),
+    h(
+      "li",
+      {},
+      h("code", {}, problem.code),
+      problem.where && h("span", { class: "where" }, problem.where),
+      h("p", {}, problem.message),
+      h("p", { class: "fix" }, problem.fix),
+    ),
   );
   return h(
     "div",
@@ -67,7 +81,6 @@ export async function attempt(work) {
     return await work();
   } catch (error) {
     if (error.name !== "AbortError") toast(error.message, "error");
-    return undefined;
   }
 }
 
@@ -79,7 +92,9 @@ export function confirmed(title, text, verb) {
   document.querySelector("#confirm-yes").textContent = verb;
   dialog.returnValue = "cancel";
   dialog.showModal();
-  return new Promise((resolve) => dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true }));
+  return new Promise((resolve) =>
+    dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true }),
+  );
 }
 
 export async function copy(text, what) {
@@ -88,7 +103,12 @@ export async function copy(text, what) {
     toast(`Copied: ${what}`);
   } catch {
     // Without HTTPS a browser may have no clipboard: the text can be taken by hand.
-    const dialog = h("dialog", { "aria-label": what }, h("pre", { class: "code", tabindex: "0" }, text), h("form", { method: "dialog" }, h("button", {}, "Close")));
+    const dialog = h(
+      "dialog",
+      { "aria-label": what },
+      h("pre", { class: "code", tabindex: "0" }, text),
+      h("form", { method: "dialog" }, h("button", {}, "Close")),
+    );
     document.body.append(dialog);
     dialog.addEventListener("close", () => dialog.remove());
     dialog.showModal();
@@ -96,10 +116,24 @@ export async function copy(text, what) {
 }
 
 export const plural = (n, one) => `${count(n)} ${one}${n === 1 ? "" : "s"}`;
-export const bytes = (n) => (n >= 1e9 ? `${(n / 1e9).toFixed(2)} GB` : n >= 1e6 ? `${(n / 1e6).toFixed(1)} MB` : `${Math.ceil(n / 1e3)} kB`);
-export const count = (n) => (n >= 1e6 ? `${(n / 1e6).toFixed(1)} M` : n >= 1e4 ? `${Math.round(n / 1e3)} k` : `${n}`);
-export const time = (s) => (s === null || s === undefined ? "–" : s < 0.9995 ? `${Math.round(s * 1000)} ms` : s < 99.5 ? `${s.toFixed(s < 9.95 ? 2 : 1)} s` : `${Math.round(s / 60)} min`);
-export const date = (epoch) => (epoch ? new Date(epoch * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" }) : "–");
+export const bytes = (n) =>
+  n >= 1e9
+    ? `${(n / 1e9).toFixed(2)} GB`
+    : n >= 1e6
+      ? `${(n / 1e6).toFixed(1)} MB`
+      : `${Math.ceil(n / 1e3)} kB`;
+export const count = (n) =>
+  n >= 1e6 ? `${(n / 1e6).toFixed(1)} M` : n >= 1e4 ? `${Math.round(n / 1e3)} k` : `${n}`;
+export const time = (s) =>
+  s === null || s === undefined
+    ? "–"
+    : s < 0.9995
+      ? `${Math.round(s * 1000)} ms`
+      : s < 99.5
+        ? `${s.toFixed(s < 9.95 ? 2 : 1)} s`
+        : `${Math.round(s / 60)} min`;
+export const date = (epoch) =>
+  epoch ? new Date(epoch * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" }) : "–";
 export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
 
 const HUES = [174, 32, 239, 330, 90, 205, 275, 0, 55, 145];

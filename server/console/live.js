@@ -8,7 +8,19 @@ const EACH_MS = 1000;
 const SPAN_S = 300;
 const DRAWN = 6; // adapters with a line of their own
 const TOLD = 100; // events
-const HEADS = ["Adapter", "Where", "Running", "Waiting", "Tokens/s", "Requests", "Errors", "First token p50", "p99", "Between tokens p50", "p99"];
+const HEADS = [
+  "Adapter",
+  "Where",
+  "Running",
+  "Waiting",
+  "Tokens/s",
+  "Requests",
+  "Errors",
+  "First token p50",
+  "p99",
+  "Between tokens p50",
+  "p99",
+];
 
 export function open(place) {
   const state = { history: new Map(), events: [], places: [], since: 0, gone: false, timer: null };
@@ -28,10 +40,37 @@ export function open(place) {
     parts.tiles,
     h("section", { class: "card" }, h("h2", {}, "What sits where"), parts.about, parts.seats),
     h("section", { class: "card" }, h("h2", {}, "The last five minutes"), parts.legend, parts.charts),
-    h("section", { class: "card" }, h("h2", {}, "By adapter, in the last minute"), h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "By adapter" }, h("table", {}, h("thead", {}, h("tr", {}, HEADS.map((each, index) => h("th", { scope: "col", class: index > 1 ? "number" : null }, each)))), parts.rows))),
+    h(
+      "section",
+      { class: "card" },
+      h("h2", {}, "By adapter, in the last minute"),
+      h(
+        "div",
+        { class: "scroll", tabindex: "0", role: "region", "aria-label": "By adapter" },
+        h(
+          "table",
+          {},
+          h(
+            "thead",
+            {},
+            h(
+              "tr",
+              {},
+              HEADS.map((each, index) => h("th", { scope: "col", class: index > 1 ? "number" : null }, each)),
+            ),
+          ),
+          parts.rows,
+        ),
+      ),
+    ),
     h("section", { class: "card" }, h("h2", {}, "As it happens"), parts.events),
   ];
-  show(place, h("h1", {}, "Live"), parts.error, h("div", { class: "skeleton", role: "status", "aria-label": "Loading" }, h("div"), h("div")));
+  show(
+    place,
+    h("h1", {}, "Live"),
+    parts.error,
+    h("div", { class: "skeleton", role: "status", "aria-label": "Loading" }, h("div"), h("div")),
+  );
   let begun = false;
 
   async function look() {
@@ -72,24 +111,49 @@ export function open(place) {
       ["engine", now.ready ? `up ${time(now.now - now.started)}` : "starting"],
     ];
     if (now.restarts) tiles.push(["restarts", now.restarts]);
-    show(parts.tiles, tiles.map(([name, value]) => h("div", { class: "tile" }, h("span", { class: "value" }, `${value}`), h("span", { class: "name" }, name))));
+    show(
+      parts.tiles,
+      tiles.map(([name, value]) =>
+        h(
+          "div",
+          { class: "tile" },
+          h("span", { class: "value" }, `${value}`),
+          h("span", { class: "name" }, name),
+        ),
+      ),
+    );
     map(now);
     charts(now);
     table(now);
-    show(parts.events, state.events.length ? state.events.toReversed().map(event) : h("li", { class: "hint" }, "Nothing has been loaded or evicted yet."));
+    show(
+      parts.events,
+      state.events.length
+        ? state.events.toReversed().map(event)
+        : h("li", { class: "hint" }, "Nothing has been loaded or evicted yet."),
+    );
   }
 
   function map(now) {
-    const cells = state.places.map((digestOrKey) => {
-      const each = now.resident.find((one, index) => id(one, index) === digestOrKey);
+    const cells = state.places.map((who) => {
+      const each = now.resident.find((one, index) => id(one, index) === who);
       if (!each) return h("li", { class: "seat" }, h("span", { class: "hidden" }, "free"));
       const name = each.reference || "somebody else's";
       const about = `${each.references.join(", ") || name}: ${each.residency}, ${bytes(each.bytes)}${each.leases ? `, ${each.leases} running` : ""}${each.pinned ? ", pinned" : ""}`;
       return h(
         "li",
-        { class: `seat ${each.residency}`, title: about, style: { borderColor: colour(name.split("@")[0], now.base) } },
-        each.reference ? h("a", { href: `#/adapters/${encodeURIComponent(name.split("@")[0])}` }, name) : h("span", {}, name),
-        h("span", { class: "small" }, `${each.residency}${each.leases ? ` · ${each.leases} running` : ""}${each.pinned ? " · pinned" : ""}`),
+        {
+          class: `seat ${each.residency}`,
+          title: about,
+          style: { borderColor: colour(name.split("@")[0], now.base) },
+        },
+        each.reference
+          ? h("a", { href: `#/adapters/${encodeURIComponent(name.split("@")[0])}` }, name)
+          : h("span", {}, name),
+        h(
+          "span",
+          { class: "small" },
+          `${each.residency}${each.leases ? ` · ${each.leases} running` : ""}${each.pinned ? " · pinned" : ""}`,
+        ),
       );
     });
     parts.about.textContent = `The host cache has ${now.places} places; ${now.slots} of what is there can be in slots, which is what a batch can use.`;
@@ -99,14 +163,45 @@ export function open(place) {
   function charts(now) {
     const names = now.adapters.slice(0, DRAWN).map((each) => each.adapter);
     const newest = Math.floor(now.now / now.interval_s) * now.interval_s;
-    const times = Array.from({ length: SPAN_S / now.interval_s }, (_, index) => newest - SPAN_S + (index + 1) * now.interval_s);
-    const series = (of, none) => names.map((name) => ({ name, colour: colour(name, now.base), values: times.map((at) => { const work = state.history.get(at)?.[name]; return work ? of(work) : none; }) }));
-    show(parts.legend, names.map((name) => h("li", {}, h("span", { class: "swatch", style: { background: colour(name, now.base) } }), name)));
+    const times = Array.from(
+      { length: SPAN_S / now.interval_s },
+      (_, index) => newest - SPAN_S + (index + 1) * now.interval_s,
+    );
+    const series = (of, none) =>
+      names.map((name) => ({
+        name,
+        colour: colour(name, now.base),
+        values: times.map((at) => {
+          const work = state.history.get(at)?.[name];
+          return work ? of(work) : none;
+        }),
+      }));
+    show(
+      parts.legend,
+      names.map((name) =>
+        h("li", {}, h("span", { class: "swatch", style: { background: colour(name, now.base) } }), name),
+      ),
+    );
     show(
       parts.charts,
-      lines("Tokens per second", series((work) => work.tokens / now.interval_s, 0), now.interval_s, (value) => (value === null ? "–" : `${Number(value.toPrecision(2))}`)),
-      lines("Time to the first token, median", series((work) => work.first_token_s, null), now.interval_s, time),
-      lines("Time between tokens, median", series((work) => work.token_gap_s, null), now.interval_s, time),
+      lines(
+        "Tokens per second",
+        series((work) => work.tokens / now.interval_s, 0),
+        now.interval_s,
+        (value) => (value === null ? "–" : `${Number(value.toPrecision(2))}`),
+      ),
+      lines(
+        "Time to the first token, median",
+        series((work) => work.first_token_s, null),
+        now.interval_s,
+        time,
+      ),
+      lines(
+        "Time between tokens, median",
+        series((work) => work.token_gap_s, null),
+        now.interval_s,
+        time,
+      ),
     );
   }
 
@@ -116,17 +211,40 @@ export function open(place) {
       h(
         "tr",
         {},
-        h("td", { class: "name" }, each.adapter === now.base ? each.adapter : h("a", { href: `#/adapters/${encodeURIComponent(each.adapter)}` }, each.adapter)),
-        h("td", {}, each.residency ? h("span", { class: `tier ${each.residency}` }, each.residency) : "the base"),
+        h(
+          "td",
+          { class: "name" },
+          each.adapter === now.base
+            ? each.adapter
+            : h("a", { href: `#/adapters/${encodeURIComponent(each.adapter)}` }, each.adapter),
+        ),
+        h(
+          "td",
+          {},
+          each.residency ? h("span", { class: `tier ${each.residency}` }, each.residency) : "the base",
+        ),
         h("td", { class: "number" }, each.running),
-        h("td", { class: "queue" }, h("span", { class: "bar", style: { width: `${(70 * each.waiting) / most}%` } }), h("span", {}, each.waiting)),
+        h(
+          "td",
+          { class: "queue" },
+          h("span", { class: "bar", style: { width: `${(70 * each.waiting) / most}%` } }),
+          h("span", {}, each.waiting),
+        ),
         h("td", { class: "number" }, each.tokens_per_s.toFixed(1)),
         h("td", { class: "number" }, each.requests),
         h("td", { class: `number ${each.errors ? "bad" : ""}` }, each.errors),
-        ...[each.first_token_s, each.token_gap_s].flatMap(({ p50, p99 }) => [h("td", { class: "number" }, time(p50)), h("td", { class: "number" }, time(p99))]),
+        ...[each.first_token_s, each.token_gap_s].flatMap(({ p50, p99 }) => [
+          h("td", { class: "number" }, time(p50)),
+          h("td", { class: "number" }, time(p99)),
+        ]),
       ),
     );
-    renew(parts.rows, rows.length ? rows : h("tr", {}, h("td", { colspan: HEADS.length }, "There is nothing that this key may see.")));
+    renew(
+      parts.rows,
+      rows.length
+        ? rows
+        : h("tr", {}, h("td", { colspan: HEADS.length }, "There is nothing that this key may see.")),
+    );
   }
 
   look();
@@ -141,10 +259,24 @@ function renew(place, children) {
   if (!place.contains(document.activeElement)) show(place, children);
 }
 
-const WORDS = { loaded: "is loaded into the host cache", slot: "is put into a slot", evicted: "is evicted: another needs its place", unloaded: "is unloaded", load_failed: "could not be loaded" };
+const WORDS = {
+  loaded: "is loaded into the host cache",
+  slot: "is put into a slot",
+  evicted: "is evicted: another needs its place",
+  unloaded: "is unloaded",
+  load_failed: "could not be loaded",
+};
 
 function event({ at, event: what, reference, seconds }) {
-  return h("li", { class: what }, h("time", {}, new Date(at * 1000).toLocaleTimeString()), " ", h("strong", {}, reference), ` ${WORDS[what] || what}`, seconds === null ? "" : `, in ${time(seconds)}`);
+  return h(
+    "li",
+    { class: what },
+    h("time", {}, new Date(at * 1000).toLocaleTimeString()),
+    " ",
+    h("strong", {}, reference),
+    ` ${WORDS[what] || what}`,
+    seconds === null ? "" : `, in ${time(seconds)}`,
+  );
 }
 
 /** What tells one that is there from another: those that the key may not see have no digest. */
@@ -153,7 +285,9 @@ const id = (each, index) => each.digest || `hidden ${index}`;
 /** Who has which place: who stays keeps theirs, so that the map does not jump. */
 function seats(before, resident, places) {
   const there = resident.map(id);
-  const kept = Array.from({ length: places }, (_, index) => (there.includes(before[index]) ? before[index] : null));
+  const kept = Array.from({ length: places }, (_, index) =>
+    there.includes(before[index]) ? before[index] : null,
+  );
   for (const each of there.filter((one) => !kept.includes(one))) kept[kept.indexOf(null)] = each;
   return kept;
 }

@@ -12,18 +12,31 @@ const SHORT_S = 0.05; // no speed is told of a shorter stream
 export function open(place, query) {
   const last = history()[0];
   const state = {
-    models: (query.get("adapters") || last?.models?.join(",") || "base").split(",").filter(Boolean).slice(0, MOST),
+    models: (query.get("adapters") || last?.models?.join(",") || "base")
+      .split(",")
+      .filter(Boolean)
+      .slice(0, MOST),
     stop: null,
   };
 
-  const prompt = h("textarea", { id: "prompt", rows: 5, placeholder: "Write a poem about the river.", spellcheck: "false" }, last?.prompt || "");
+  const prompt = h(
+    "textarea",
+    { id: "prompt", rows: 5, placeholder: "Write a poem about the river.", spellcheck: "false" },
+    last?.prompt || "",
+  );
   const system = h("input", { id: "system", placeholder: "none", autocomplete: "off" });
   const most = h("input", { id: "most", type: "number", min: 1, max: 8192, value: 200 });
   const heat = h("input", { id: "heat", type: "number", min: 0, max: 2, step: 0.1, value: 0 });
   const go = h("button", { type: "submit", class: "primary" }, "Ask");
   const chosen = h("ul", { class: "chips", "aria-label": "Who answers" });
   const names = h("datalist", { id: "names" });
-  const adding = h("input", { id: "adding", list: "names", placeholder: "add an adapter: sql, sql@2, sql@prod", autocomplete: "off", spellcheck: "false" });
+  const adding = h("input", {
+    id: "adding",
+    list: "names",
+    placeholder: "add an adapter: sql, sql@2, sql@prod",
+    autocomplete: "off",
+    spellcheck: "false",
+  });
   const columns = h("div", { class: "columns", "aria-label": "Answers" });
   const past = h("ol", { class: "history" });
 
@@ -32,12 +45,29 @@ export function open(place, query) {
     show(
       chosen,
       state.models.map((model) =>
-        h("li", { class: "chip" }, model, h("button", { type: "button", "aria-label": `Remove ${model}`, onclick: () => choose(state.models.filter((each) => each !== model)) }, "×")),
+        h(
+          "li",
+          { class: "chip" },
+          model,
+          h(
+            "button",
+            {
+              type: "button",
+              "aria-label": `Remove ${model}`,
+              onclick: () => choose(state.models.filter((each) => each !== model)),
+            },
+            "×",
+          ),
+        ),
       ),
     );
     adding.disabled = state.models.length >= MOST;
     adding.placeholder = adding.disabled ? `no more than ${MOST}` : "add an adapter: sql, sql@2, sql@prod";
-    if (!state.stop) show(columns, state.models.map((model) => column(model).element));
+    if (!state.stop)
+      show(
+        columns,
+        state.models.map((model) => column(model).element),
+      );
   }
 
   function add() {
@@ -51,7 +81,11 @@ export function open(place, query) {
     const typed = adding.value.trim().split("@")[0];
     try {
       const page = await call(`/v1/adapters?limit=${SHOWN}&prefix=${encodeURIComponent(typed)}`);
-      show(names, h("option", { value: "base" }), page.data.map((each) => h("option", { value: each.name })));
+      show(
+        names,
+        h("option", { value: "base" }),
+        page.data.map((each) => h("option", { value: each.name })),
+      );
     } catch {
       // A key that may only infer can still type a name.
     }
@@ -74,11 +108,13 @@ export function open(place, query) {
     remember({ prompt: prompt.value, models: state.models, at: Date.now() / 1000 });
     tell();
     const answers = state.models.map((model) => column(model, body(model)));
-    show(columns, answers.map((each) => each.element));
+    show(
+      columns,
+      answers.map((each) => each.element),
+    );
     await Promise.all(answers.map((each) => each.run(state.stop.signal)));
     state.stop = null;
     go.textContent = "Ask";
-    return undefined;
   }
 
   function tell() {
@@ -86,7 +122,24 @@ export function open(place, query) {
     show(
       past,
       entries.map((entry) =>
-        h("li", {}, h("button", { type: "button", class: "quiet", onclick: () => { prompt.value = entry.prompt; choose(entry.models); prompt.focus(); } }, h("span", { class: "said" }, entry.prompt), h("span", { class: "who" }, entry.models.join(", ")))),
+        h(
+          "li",
+          {},
+          h(
+            "button",
+            {
+              type: "button",
+              class: "quiet",
+              onclick: () => {
+                prompt.value = entry.prompt;
+                choose(entry.models);
+                prompt.focus();
+              },
+            },
+            h("span", { class: "said" }, entry.prompt),
+            h("span", { class: "who" }, entry.models.join(", ")),
+          ),
+        ),
       ),
     );
     forget.hidden = !entries.length;
@@ -94,7 +147,18 @@ export function open(place, query) {
   }
 
   const nothing = h("p", { class: "hint" }, "What you ask is kept here, in this browser.");
-  const forget = h("button", { type: "button", class: "quiet", onclick: () => { localStorage.removeItem(HISTORY); tell(); } }, "Forget all");
+  const forget = h(
+    "button",
+    {
+      type: "button",
+      class: "quiet",
+      onclick: () => {
+        localStorage.removeItem(HISTORY);
+        tell();
+      },
+    },
+    "Forget all",
+  );
 
   prompt.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) ask(event);
@@ -115,7 +179,15 @@ export function open(place, query) {
       { class: "card", onsubmit: ask },
       h("label", { for: "prompt" }, "Prompt"),
       prompt,
-      h("div", { class: "who-answers" }, h("span", { class: "label" }, "Who answers"), chosen, h("label", { class: "hidden", for: "adding" }, "Add an adapter"), adding, names),
+      h(
+        "div",
+        { class: "who-answers" },
+        h("span", { class: "label" }, "Who answers"),
+        chosen,
+        h("label", { class: "hidden", for: "adding" }, "Add an adapter"),
+        adding,
+        names,
+      ),
       h(
         "div",
         { class: "row" },
@@ -128,7 +200,13 @@ export function open(place, query) {
       ),
     ),
     columns,
-    h("section", { class: "card" }, h("div", { class: "row" }, h("h2", {}, "History"), h("span", { class: "grow" }), forget), nothing, past),
+    h(
+      "section",
+      { class: "card" },
+      h("div", { class: "row" }, h("h2", {}, "History"), h("span", { class: "grow" }), forget),
+      nothing,
+      past,
+    ),
   );
   choose(state.models);
   tell();
@@ -142,12 +220,20 @@ function column(model, body) {
   const facts = h("dl", { class: "facts" });
   const version = h("span", { class: "version" });
   const tools = h("div", { class: "row tools" });
-  const element = h("article", { class: "card column", "aria-label": model }, h("header", {}, h("h2", {}, model), version), text, facts, tools);
+  const element = h(
+    "article",
+    { class: "card column", "aria-label": model },
+    h("header", {}, h("h2", {}, model), version),
+    text,
+    facts,
+    tools,
+  );
   if (!body) show(text, h("p", { class: "hint" }, "The answer comes here."));
 
   function tell(outcome) {
     const span = (outcome.last - outcome.first) / 1000;
-    const speed = outcome.tokens > 1 && span > SHORT_S ? `${((outcome.tokens - 1) / span).toFixed(1)} /s` : "–";
+    const speed =
+      outcome.tokens > 1 && span > SHORT_S ? `${((outcome.tokens - 1) / span).toFixed(1)} /s` : "–";
     const rows = [
       ["First token", time(outcome.first === null ? null : outcome.first / 1000)],
       ["Tokens", `${outcome.tokens}${outcome.finish === "length" ? ", cut" : ""}`],
@@ -155,7 +241,10 @@ function column(model, body) {
     ];
     if (outcome.queue > 50) rows.push(["Waited", time(outcome.queue / 1000)]);
     if (outcome.load) rows.push(["Loaded in", time(outcome.load / 1000)]);
-    show(facts, rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))));
+    show(
+      facts,
+      rows.map(([name, value]) => h("div", {}, h("dt", {}, name), h("dd", {}, value))),
+    );
     version.textContent = outcome.adapter ? `${outcome.adapter}@${outcome.version}` : "the base";
   }
 
@@ -164,9 +253,21 @@ function column(model, body) {
     show(text, wait);
     show(
       tools,
-      h("button", { type: "button", class: "quiet", onclick: () => copy(text.textContent, `the answer of ${model}`) }, "Copy"),
-      h("button", { type: "button", class: "quiet", onclick: () => copy(asCurl(body), "the request as curl") }, "curl"),
-      h("button", { type: "button", class: "quiet", onclick: () => copy(asPython(body), "the request as Python") }, "Python"),
+      h(
+        "button",
+        { type: "button", class: "quiet", onclick: () => copy(text.textContent, `the answer of ${model}`) },
+        "Copy",
+      ),
+      h(
+        "button",
+        { type: "button", class: "quiet", onclick: () => copy(asCurl(body), "the request as curl") },
+        "curl",
+      ),
+      h(
+        "button",
+        { type: "button", class: "quiet", onclick: () => copy(asPython(body), "the request as Python") },
+        "Python",
+      ),
     );
     text.setAttribute("aria-busy", "true");
     try {
@@ -198,7 +299,9 @@ function asCurl(body) {
 }
 
 function asPython(body) {
-  const messages = body.messages.map((each) => `        {"role": ${JSON.stringify(each.role)}, "content": ${JSON.stringify(each.content)}},`);
+  const messages = body.messages.map(
+    (each) => `        {"role": ${JSON.stringify(each.role)}, "content": ${JSON.stringify(each.content)}},`,
+  );
   return [
     "import os",
     "",
@@ -227,6 +330,8 @@ function history() {
 }
 
 function remember(entry) {
-  const others = history().filter((each) => each.prompt !== entry.prompt || each.models.join() !== entry.models.join());
+  const others = history().filter(
+    (each) => each.prompt !== entry.prompt || each.models.join() !== entry.models.join(),
+  );
   localStorage.setItem(HISTORY, JSON.stringify([entry, ...others].slice(0, KEPT)));
 }
