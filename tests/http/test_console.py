@@ -1,5 +1,6 @@
 """The console in a browser, over the fake engine: keys, many adapters, all pages for everybody."""
 
+import json
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,10 +11,11 @@ import sqlalchemy as sa
 from playwright.sync_api import Browser, expect
 
 from adapters import registry
+from adapters.folder import CONFIG
 from server.routes.console import FOLDER
 from tests.browser import NARROW, NEEDED, WIDE, chromium, fits, is_accessible, page, picture
 from tests.conftest import MakeAdapter, with_base
-from tests.http.conftest import Running, serve, settings
+from tests.http.conftest import Running, serve, settings, upload
 
 pytestmark = NEEDED
 
@@ -121,6 +123,27 @@ def test_the_page_asks_nobody_else(browser: Browser, running: Running, http: htt
     for file in FOLDER.iterdir():
         assert http.get(f"/console/{file.name}").content == file.read_bytes()
     assert http.get("/console/..%2Fapp.py").status_code == 404
+
+
+def test_what_strangers_wrote_is_text(
+    browser: Browser,
+    running: Running,
+    http: httpx.Client,
+    make_adapter: MakeAdapter,
+    tmp_path: Path,
+) -> None:
+    wrote = "<img src=/console/icon.svg onerror=alert(1) onload=alert(1)>"
+    for file in make_adapter(6).iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = json.loads((tmp_path / CONFIG).read_text())
+    (tmp_path / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": wrote}))
+    assert upload(http, "hostile", tmp_path).status_code == 201
+    with page(browser, running.url) as shown:
+        shown.on("dialog", lambda dialog: pytest.fail("it ran"))
+        shown.goto("/#/adapters/hostile")
+        expect(shown.locator("dl.list")).to_contain_text(wrote)
+        assert shown.locator("main img").count() == 0
+    http.delete("/v1/adapters/hostile")
 
 
 def test_a_key_is_asked_for_and_one_with_too_few_rights_is_told_so(
