@@ -117,12 +117,20 @@ class Recent:
         """The intervals that ended after `at`, oldest first; the last one is not over yet."""
         return [each for each in self._intervals if each.at + INTERVAL_S > at]
 
-    def within(self, seconds: float) -> dict[str, Work]:
-        """What was done by adapter in the last `seconds`, up to an interval more."""
-        total: dict[str, Work] = {}
+    def tokens(self, seconds: float) -> Counter[str]:
+        """Tokens of replies by adapter in the last `seconds`, up to an interval more."""
+        total: Counter[str] = Counter()
         for interval in self.since(self._clock() - seconds):
             for adapter, work in interval.work.items():
-                total.setdefault(adapter, Work()).update(work)
+                total[adapter] += work.output_tokens
+        return total
+
+    def within(self, seconds: float, adapter: str) -> Work:
+        """All that was done for one adapter in that time."""
+        total = Work()
+        for interval in self.since(self._clock() - seconds):
+            if (work := interval.work.get(adapter)) is not None:
+                total.update(work)
         return total
 
     def _work(self, adapter: str) -> Work:

@@ -43,13 +43,15 @@ def test_what_was_done_is_added_up_over_intervals(clock: Clock) -> None:
     recent.came("sql", 4, [0.1, 0.3])
     recent.ended("sql", False, 20, 0.5)
     recent.ended("code", True, 0, None)
-    work = recent.within(60)
+    work = {name: recent.within(60, name) for name in ("sql", "code")}
     assert (work["sql"].output_tokens, work["sql"].prompt_tokens) == (7, 20)
     assert (work["sql"].requests, work["sql"].errors) == (1, 0)
     assert (work["code"].requests, work["code"].errors) == (1, 1)
     assert work["sql"].gaps.percentile(1) == pytest.approx(0.3, rel=0.03)
     assert work["code"].first.percentile(0.5) is None
-    assert recent.within(INTERVAL_S)["sql"].output_tokens == 4
+    assert recent.within(INTERVAL_S, "sql").output_tokens == 4
+    assert recent.within(60, "nobody").requests == 0
+    assert recent.tokens(60) == {"sql": 7, "code": 0}
     assert [len(each.work) for each in recent.since(0)] == [1, 2]
     assert [each.at for each in recent.since(clock.now)] == [clock.now // INTERVAL_S * INTERVAL_S]
 
