@@ -12,8 +12,10 @@ import httpx2
 import typer
 from rich.progress import track
 
+from adapters import names
 from adapters.errors import InvalidAdapter
 from adapters.folder import wanted
+from adapters.names import check_alias
 from server.commands.panels import listing, of_adapter, of_check, of_version, place, remarks
 from server.commands.remote import LOCAL, Json, Reference, Refused, Url, server
 from server.commands.terminal import AsJson, Home, existing, interactive, show, show_json, tell
@@ -31,8 +33,8 @@ Given = Annotated[
     typer.Argument(
         metavar="PATH|SOURCE",
         help="The folder that PEFT's save_pretrained wrote, or one packed as .zip, .tar, .tar.gz "
-        "or .tar.zst; or what the server is to fetch: hf://org/name[@revision][/folder], s3://…, "
-        "gs://…, az://…, file:///….",
+        "or .tar.zst; or what the server is to fetch: hf://org/name@revision, s3://…, gs://…, "
+        "az://…, file:///….",
     ),
 ]
 
@@ -220,13 +222,20 @@ def _pages(client: httpx2.Client, prefix: str | None) -> Iterator[Json]:
         asked["after"] = page["next"]
 
 
+def _parts(reference: str) -> tuple[str, str]:
+    """The name in a reference, and what comes after its @, if anything. Raises InvalidReference."""
+    names.Reference.parse(reference)
+    name, _, which = reference.partition("@")
+    return name, which
+
+
 @app.command("show")
 def one(reference: Reference, url: Url = LOCAL, as_json: AsJson = False) -> None:
     """Show an adapter with all its versions, or one: config, algebra, checks, where it is."""
-    name, sign, which = reference.partition("@")
+    name, which = _parts(reference)
     with server(url) as client:
         adapter = client.get(f"/v1/adapters/{name}").json()
-        version = client.get(f"/v1/adapters/{name}/versions/{which}").json() if sign else None
+        version = client.get(f"/v1/adapters/{name}/versions/{which}").json() if which else None
     if as_json:
         show_json(version or adapter)
         return
@@ -244,11 +253,12 @@ def alias(
     as_json: AsJson = False,
 ) -> None:
     """Point an alias to a version: `alias sql@2 prod`. Requests that run finish as they began."""
-    name, sign, _ = reference.partition("@")
+    name, which = _parts(reference)
+    check_alias(alias)
     with server(url) as client:
         path = f"/v1/adapters/{name}/aliases/{alias}"
         if remove:
-            expected = {"if-match": f'"{_number(client, reference)}"'} if sign else {}
+            expected = {"if-match": f'"{_number(client, reference)}"'} if which else {}
             reply = client.delete(path, headers=expected)
         else:
             reply = client.put(path, json={"version": _number(client, reference)})
@@ -263,7 +273,7 @@ def alias(
 
 def _number(client: httpx2.Client, reference: str) -> int:
     """The number of the version that a reference means."""
-    name, _, which = reference.partition("@")
+    name, which = _parts(reference)
     found = client.get(f"/v1/adapters/{name}/versions/{which or 'latest'}").json()
     return int(found["version"])
 
@@ -276,15 +286,15 @@ def rm(
     as_json: AsJson = False,
 ) -> None:
     """Remove an adapter, or one version: no new requests; its bytes go when running ones end."""
-    name, sign, _ = reference.partition("@")
+    name, which = _parts(reference)
     with server(url) as client:
-        number = _number(client, reference) if sign else None
-        what = f"{name}@{number}" if sign else f"{name} with all its versions"
+        number = _number(client, reference) if which else None
+        what = f"{name}@{number}" if which else f"{name} with all its versions"
         if not yes and not interactive():
             raise typer.BadParameter(f"Nobody can be asked whether {what} shall go: add --yes.")
         if not yes and not typer.confirm(f"Remove {what}?", err=True):
             raise typer.Abort
-        place = f"/v1/adapters/{name}" + (f"/versions/{number}" if sign else "")
+        place = f"/v1/adapters/{name}" + (f"/versions/{number}" if which else "")
         done = client.delete(place).json()
     if as_json:
         show_json(done)
@@ -294,6 +304,7 @@ def rm(
 
 def _residency(verb: str, does: str) -> Callable[..., None]:
     def command(reference: Reference, url: Url = LOCAL, as_json: AsJson = False) -> None:
+        _parts(reference)
         with server(url) as client:
             version = client.post(f"/v1/adapters/{reference}/{verb}").json()
         if as_json:

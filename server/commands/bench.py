@@ -29,6 +29,7 @@ from server.commands.remote import (
     Unreachable,
     Url,
     complete_names,
+    must_exist,
     names,
     server,
     stream,
@@ -68,7 +69,7 @@ def bench(
     work = [Asked(who[number % len(who)]) for number in range(requests)]
     with server(url) as client:
         for name in dict.fromkeys(who):  # said before anything is measured
-            client.get(f"/v1/models/{name}")
+            must_exist(client, name)
     began = time.perf_counter()
     _run(work, url, concurrency, prompt_tokens, output_tokens)
     took = time.perf_counter() - began

@@ -11,7 +11,7 @@ from rich.panel import Panel
 from rich.table import Table
 
 from server.commands.remote import Json
-from server.commands.terminal import bytes_text, problem_lines, table
+from server.commands.terminal import bytes_text, printable, problem_lines, table
 
 
 def newest(adapter: Json) -> Json | None:
@@ -166,7 +166,7 @@ def _pairs(facts: Mapping[str, str]) -> Table:
     rows.add_column(style="dim", no_wrap=True)
     rows.add_column(overflow="fold")
     for what, value in facts.items():
-        rows.add_row(what, escape(value))
+        rows.add_row(escape(printable(what)), escape(printable(value)))
     return rows
 
 

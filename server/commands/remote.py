@@ -6,6 +6,7 @@ from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
+from urllib.parse import quote
 
 import httpx2
 import typer
@@ -80,6 +81,11 @@ Reference = Annotated[
         autocompletion=complete_name,
     ),
 ]
+
+
+def must_exist(client: httpx2.Client, reference: str) -> None:
+    """Raises Refused unless there is an adapter, or the base, that requests call so."""
+    client.get(f"/v1/models/{quote(reference)}")
 
 
 @contextmanager

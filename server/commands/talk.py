@@ -26,11 +26,12 @@ from server.commands.remote import (
     Url,
     complete_name,
     complete_names,
+    must_exist,
     names,
     server,
     stream,
 )
-from server.commands.terminal import AsJson, interactive, out, show, show_json
+from server.commands.terminal import AsJson, interactive, out, printable, show, show_json
 from server.logs import complain, console
 
 REFRESH_S = 0.1
@@ -84,7 +85,7 @@ def chat(
     typed = interactive() and not as_json
     talk = Conversation(adapter, system, _options(temperature, max_tokens))
     with server(url) as client:
-        _must_exist(client, adapter)
+        must_exist(client, adapter)
     if typed:
         console.print(f"[dim]{escape(adapter)} at {escape(url)}; /help says what else there is")
     for line in _typed(talk) if typed else _piped():
@@ -101,11 +102,6 @@ def chat(
 def _options(temperature: float | None, max_tokens: int | None) -> Json:
     given = {"temperature": temperature, "max_completion_tokens": max_tokens}
     return {name: value for name, value in given.items() if value is not None}
-
-
-def _must_exist(client: httpx2.Client, adapter: str) -> None:
-    """Raises Refused unless there is one of this name, or reference."""
-    client.get(f"/v1/models/{adapter}")
 
 
 def _typed(talk: Conversation) -> Iterator[str]:
@@ -146,7 +142,7 @@ def _command(client: httpx2.Client, talk: Conversation, line: str) -> None:
     verb, _, rest = line.partition(" ")
     rest = rest.strip()
     if verb == "/adapter" and rest:
-        _must_exist(client, rest)
+        must_exist(client, rest)
         talk.adapter = rest
     elif verb == "/adapter":
         models = client.get("/v1/models").json()["data"]
@@ -175,7 +171,7 @@ def _answer(
         with closing(stream(client, "/v1/chat/completions", talk.body(), reply)) as pieces:
             for piece in pieces:
                 if not as_json:
-                    print(piece, end="", flush=True)
+                    print(printable(piece) if typed else piece, end="", flush=True)
     except KeyboardInterrupt:
         if not typed:
             raise
@@ -229,7 +225,7 @@ def compare(
     who = names(adapters)
     with server(url) as client:
         for name in who:
-            _must_exist(client, name)
+            must_exist(client, name)
     asked = [{"role": "user", "content": prompt}]
     options = _options(temperature, max_tokens)
     columns = [Column(Conversation(name, system, options, asked)) for name in who]
@@ -296,7 +292,7 @@ def _side_by_side(columns: list[Column], height: int | None = None) -> Table:
         grid.add_column(ratio=1)
     panels = []
     for column in columns:
-        lines = list(Text(column.text).wrap(out, out.width // abreast - PANEL))
+        lines = list(Text(printable(column.text)).wrap(out, out.width // abreast - PANEL))
         if height is not None:
             lines = lines[-max(1, height // rows - PANEL) :]
         figures = Text(" · ".join(_rates(column.reply)), "dim")

@@ -1,6 +1,7 @@
 """What all commands share of the terminal: options, tables or JSON, bars, problems in words."""
 
 import json
+import re
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -15,6 +16,8 @@ from rich.text import Text
 from server.logs import console
 
 WIDE = 300  # characters, for who reads lines and not a screen
+
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 out = Console(highlight=False)
 
@@ -82,6 +85,11 @@ def problem_lines(problems: Iterable[Mapping[str, str]], style: str) -> Iterator
         yield Text.assemble((problem["code"], style), "  ", (problem["where"], "bold"))
         yield Padding(Text(problem["message"]), (0, 0, 0, 4))
         yield Padding(Text(f"→ {problem['fix']}"), (0, 0, 0, 4))
+
+
+def printable(text: str) -> str:
+    """`text` without what would move the cursor or do worse: replies and metadata are anybody's."""
+    return _CONTROLS.sub("\N{REPLACEMENT CHARACTER}", text)
 
 
 def bytes_text(count: float) -> str:

@@ -7,16 +7,18 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import typer
 
 from adapters.demo import WEIGHTS
 from server import cli
 from server.commands.bench import percentile
-from server.commands.terminal import bytes_text
+from server.commands.terminal import bytes_text, printable
 from server.commands.upload import name_of
 from server.keys import SCOPES
 from tests import live_server
@@ -97,6 +99,28 @@ def test_something_else_answers_there() -> None:
         done = loraplex("adapters", "list", "--url", server.url)
     assert done.returncode == 1
     assert "HTTP status 404, but not as Loraplex does: is --url right?" in done.stderr
+
+
+def _commands(group: Any, *path: str) -> Iterator[tuple[str, ...]]:
+    yield path
+    for name, command in getattr(group, "commands", {}).items():
+        yield from _commands(command, *path, name)
+
+
+@pytest.mark.parametrize("command", [*_commands(typer.main.get_command(cli.cli))], ids=" ".join)
+def test_help(
+    command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if command == ("serve",):  # it says what it takes itself
+        return
+    monkeypatch.setattr(sys, "argv", ["loraplex", *command, "--help"])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    said = capsys.readouterr().out
+    assert f"loraplex {' '.join(command)}".strip() in said
+    if command and command != ("keys",) and command != ("adapters",):
+        assert "--json" in said  # whatever has output has it for programs
 
 
 def test_the_codes_are_documented() -> None:
@@ -252,6 +276,11 @@ def test_top_waits_for_a_server_that_is_away() -> None:
             screen.see("no server answers")
             screen.type("q")
             assert screen.end() == 0
+
+
+def test_what_others_wrote_cannot_steer_the_terminal() -> None:
+    said = printable("a\x1b[2Jb\r\x07\n\tc\x9b1mé 👩‍👩‍👧")
+    assert said == "a�[2Jb��\n\tc�1mé 👩‍👩‍👧"
 
 
 # Small things -------------------------------------------------------------------------------
