@@ -63,6 +63,17 @@ class Inspection:
     algebra: Algebra | None = None
     advice: tuple[Problem, ...] = ()
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; the keys are stable. `ok` is whether nothing is wrong."""
+        advice = [each.as_dict() for each in self.advice]
+        return {
+            "object": "adapter.check",
+            "ok": self.algebra is not None,
+            **({} if self.spec is None else described(self.spec)),
+            "checks": self.report.as_dict() | {"advice": advice},
+            "algebra": None if self.algebra is None else self.algebra.as_dict(),
+        }
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -72,6 +83,48 @@ class Prepared:
     digest: str
     form: Path
     seen: Inspection
+
+
+def described(adapter: Version | AdapterSpec) -> dict[str, Any]:
+    """For JSON, what an adapter says of itself, stored or not; the keys are stable."""
+    return {
+        "rank": adapter.rank,
+        "alpha": adapter.alpha,
+        "rslora": adapter.rslora,
+        "target_modules": adapter.target_modules,
+        "dtype": adapter.dtype,
+        "bytes": adapter.bytes,
+        "parameters": adapter.parameters,
+        "base_model": adapter.base_model,
+    }
+
+
+def inspect(folder: Path, base: BaseSpec, rules: Rules) -> Inspection:
+    """Reads and checks the adapter in `folder`, which is the caller's to spoil; stores nothing.
+
+    The form the engine loads is written into the folder as well, since some numbers may not
+    fit it. Raises StoreError if the disk fails.
+    """
+    try:
+        if rules.allow_pickle and wanted(os.listdir(folder), True)[1] == PICKLE:
+            pickles.convert(folder)
+        spec = peft.read(folder)
+        report = validate.check(spec, base, rules.max_rank)
+        problems = [*report.problems, *validate.scan(folder, spec)]
+        problems = problems or _write_form(
+            folder, spec, base, rules.dtype, folder / canonical.key(base, rules.dtype)
+        )
+        if problems:
+            return Inspection(Report(tuple(problems), report.warnings), spec)
+        numbers = algebra(spec, base, spectra(folder, spec))
+    except InvalidAdapter as error:
+        return Inspection(Report(tuple(error.problems)))
+    if not numbers.norm:
+        found = no_effect(WEIGHTS, "ΔW is zero everywhere: the adapter changes nothing.")
+        if not rules.allow_noop:
+            return Inspection(Report((found,), report.warnings), spec)
+        report = Report((), (*report.warnings, found))
+    return Inspection(report, spec, numbers, advise(spec, numbers))
 
 
 class Ingest:
@@ -100,29 +153,8 @@ class Ingest:
         self._locks = [Lock() for _ in range(_LOCKS)]
 
     def check(self, folder: Path) -> Inspection:
-        """Reads and checks the adapter in a staging folder; stores nothing.
-
-        The form the engine loads is written into the folder as well, since some numbers may not
-        fit it. Raises StoreError if the disk fails.
-        """
-        try:
-            if self._rules.allow_pickle and wanted(os.listdir(folder), True)[1] == PICKLE:
-                pickles.convert(folder)
-            spec = peft.read(folder)
-            report = validate.check(spec, self._base, self._rules.max_rank)
-            problems = [*report.problems, *validate.scan(folder, spec)]
-            problems = problems or self._write_form(folder, spec, folder / self._key)
-            if problems:
-                return Inspection(Report(tuple(problems), report.warnings), spec)
-            numbers = algebra(spec, self._base, spectra(folder, spec))
-        except InvalidAdapter as error:
-            return Inspection(Report(tuple(error.problems)))
-        if not numbers.norm:
-            found = no_effect(WEIGHTS, "ΔW is zero everywhere: the adapter changes nothing.")
-            if not self._rules.allow_noop:
-                return Inspection(Report((found,), report.warnings), spec)
-            report = Report((), (*report.warnings, found))
-        return Inspection(report, spec, numbers, advise(spec, numbers))
+        """What `inspect` finds in a staging folder, for this base and these rules."""
+        return inspect(folder, self._base, self._rules)
 
     def ingest(
         self,
@@ -220,7 +252,9 @@ class Ingest:
             with self._store.staging() as folder:
                 spec = peft.read(place)
                 problems = list(validate.check(spec, self._base, self._rules.max_rank).problems)
-                problems = problems or self._write_form(place, spec, folder / self._key)
+                problems = problems or _write_form(
+                    place, spec, self._base, self._rules.dtype, folder / self._key
+                )
                 if problems:
                     raise InvalidAdapter(problems)
                 self._store.seal_form(folder / self._key, digest, self._key)
@@ -264,11 +298,6 @@ class Ingest:
             "effect": None if effect is None else effect.as_dict(),
         }
 
-    def _write_form(self, folder: Path, spec: AdapterSpec, into: Path) -> list[Problem]:
-        with disk("make a folder"):
-            into.mkdir()
-        return canonical.write(folder, spec, self._base, self._rules.dtype, into)
-
     def _seal(self, made: Prepared) -> None:
         self._store.seal(made.folder, made.digest)
         if not self._store.has_form(made.digest, self._key):
@@ -288,6 +317,14 @@ class Ingest:
 _UNCHANGED = (
     "The engine says exactly the same with the adapter as without it, after two prompts of its own."
 )
+
+
+def _write_form(
+    folder: Path, spec: AdapterSpec, base: BaseSpec, dtype: str, into: Path
+) -> list[Problem]:
+    with disk("make a folder"):
+        into.mkdir()
+    return canonical.write(folder, spec, base, dtype, into)
 
 
 def _facts(seen: Inspection, checks: Mapping[str, Any], source: str) -> Facts:

@@ -12,14 +12,14 @@ from adapters.base import BaseSpec
 from adapters.database import Database
 from adapters.demo import WEIGHTS
 from adapters.errors import AdapterError
-from adapters.ingest import Ingest, Rules
+from adapters.ingest import Ingest
 from adapters.registry import Registry
 from adapters.sources.address import Allowed
 from adapters.store import Store
 from server.config import DEFAULT_MODEL, Settings
 from server.engine import launch
 from server.gateway import Proving
-from server.imports import Imports
+from server.imports import Imports, rules
 from server.keys import Keys
 from server.routes import (
     ENDING,
@@ -61,15 +61,8 @@ def build(settings: Settings, folder: Path) -> Serving:
     store.sweep()
     database = Database.of(settings.home)
     registry = Registry(database)
-    rules = Rules(
-        settings.max_lora_rank,
-        launch.dtype(args, folder),
-        frozenset({"base", settings.base_name}),
-        settings.allow_pickle,
-        settings.allow_noop,
-    )
     proving = Proving()
-    ingest = Ingest(store, registry, base, rules)
+    ingest = Ingest(store, registry, base, rules(settings, launch.dtype(args, folder)))
     imports = Imports(
         store,
         ingest,

@@ -18,6 +18,7 @@ from pydantic_settings import (
 from adapters.sources.address import Allowed
 
 PREFIX = "LORAPLEX_"
+CLIENTS = {"LORAPLEX_URL", "LORAPLEX_API_KEY"}  # which server commands ask, and with which key
 DEFAULT_MODEL = "smollm2-135m-instruct"
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -257,8 +258,8 @@ class Settings(BaseSettings):
     def read(cls, arguments: list[str]) -> "Settings":
         """Settings from command line `arguments`, then the environment, then the defaults.
 
-        `LORAPLEX_X` that is none of ours is handed to vLLM as `--x`, as an unknown flag is; what
-        vLLM does not know either is an error when the engine's arguments are parsed.
+        `LORAPLEX_X` that is none of ours, nor in CLIENTS, is handed to vLLM as `--x`, as an unknown
+        flag is; what vLLM does not know either is an error when the engine's arguments are parsed.
 
         Raises:
             ConfigError: a value that is not what it must be.
@@ -299,7 +300,7 @@ class Settings(BaseSettings):
 
 def _engine_flags_of_environment(settings: type[Settings]) -> list[str]:
     flags: list[str] = []
-    ours = {PREFIX + name.upper() for name in settings.model_fields}
+    ours = CLIENTS | {PREFIX + name.upper() for name in settings.model_fields}
     for variable, value in sorted(os.environ.items()):
         if not variable.startswith(PREFIX) or variable in ours:
             continue

@@ -18,13 +18,14 @@ from threadpoolctl import threadpool_limits
 from adapters import sources
 from adapters.effect import Effect
 from adapters.errors import AdapterError
-from adapters.ingest import Ingest
+from adapters.ingest import Ingest, Rules
 from adapters.names import check_alias
 from adapters.registry import Owner, Version
 from adapters.sources import directory
 from adapters.sources.address import Address, Allowed
 from adapters.sources.intake import Transfer
 from adapters.store import Store
+from server.config import Settings
 from server.errors import ServerError, TooManyImports
 
 RUNNING = 4  # imports that fetch at once
@@ -54,6 +55,17 @@ class Import:
     version: Version | None = None
     created: bool = False
     error: AdapterError | ServerError | None = None
+
+
+def rules(settings: Settings, dtype: str) -> Rules:
+    """Which adapters are taken under these settings, by an engine that computes in `dtype`."""
+    return Rules(
+        settings.max_lora_rank,
+        dtype,
+        frozenset({"base", settings.base_name}),
+        settings.allow_pickle,
+        settings.allow_noop,
+    )
 
 
 class Imports:

@@ -7,7 +7,7 @@ nobody finds by trying, so a slow hash would only slow requests down.
 import hashlib
 import hmac
 import secrets
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -95,10 +95,29 @@ class Key:
         """Whether it may use the adapter, or the base, of this name."""
         return matches(name, self.patterns)
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON, without its secret; the keys are stable. Times are seconds since the epoch."""
+        return {
+            "object": "key",
+            "id": self.id,
+            "name": self.name,
+            "scopes": list(self.scopes),
+            "adapters": list(self.adapters),
+            "weight": self.weight,
+            **asdict(self.limits),
+            "created": _seconds(self.created),
+            "expires": _seconds(self.expires),
+            "revoked": _seconds(self.revoked),
+        }
+
     @property
     def owner(self) -> Owner | None:
         """What is brought with it belongs to it."""
         return Owner(self.id, self.limits.stored_bytes) if self.id else None
+
+
+def _seconds(moment: datetime | None) -> int | None:
+    return None if moment is None else int(moment.timestamp())
 
 
 # Who asks where no keys are; and who has the key that the operator gave the server at its start.

@@ -8,9 +8,10 @@ import csv
 import io
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from datetime import UTC, datetime
 from threading import Lock
+from typing import Any
 
 import sqlalchemy as sa
 
@@ -42,6 +43,10 @@ class Used:
     requests: int
     prompt_tokens: int
     output_tokens: int
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; `hour` is in seconds since the epoch."""
+        return asdict(self) | {"hour": int(self.hour.timestamp())}
 
 
 _COLUMNS = tuple(field.name for field in fields(Used))

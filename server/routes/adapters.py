@@ -20,8 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from adapters import jsontext
 from adapters.errors import AdapterNotFound, no_adapter
 from adapters.folder import CONFIG, belongs, disk
-from adapters.ingest import Inspection
-from adapters.peft import AdapterSpec
+from adapters.ingest import described
 from adapters.registry import Adapter, Version
 from adapters.sources import archive
 from server.errors import BadRequest, Forbidden, describe
@@ -140,7 +139,7 @@ async def check(request: Request, serving: Served) -> Json:
         _refuse_others(form, set())
         await run_sync(_collect, form, folder, serving)
         seen = await serving.imports.check(serving.ingest.check, folder)
-    return _show_inspection(seen)
+    return seen.as_dict()
 
 
 @asynccontextmanager
@@ -187,7 +186,8 @@ async def _follow(serving: Serving, one: Import) -> AsyncIterator[str]:
             yield _event("progress", now)
         await asyncio.sleep(PROGRESS_S)
     if one.version is not None:
-        yield _event("ready", _show_version(serving, one.version))
+        # Beside the version what 200 or 201 would say.
+        yield _event("ready", _show_version(serving, one.version) | {"new": one.created})
     elif one.error is not None:
         yield _event("error", describe(one.error)[1])
 
@@ -411,7 +411,7 @@ def _show_version(serving: Serving, version: Version) -> Json:
         "digest": version.digest,
         "state": version.state,
         "created": int(version.created.timestamp()),
-        **_described(version),
+        **described(version),
         "source": version.source,
         **({"reason": version.reason} if version.reason else {}),
         "residency": gateway.residency.tier(version.digest) if gateway else "disk",
@@ -424,20 +424,6 @@ def _show_version(serving: Serving, version: Version) -> Json:
         shown["checks"] = version.checks
         shown["algebra"] = version.algebra
     return shown
-
-
-def _described(adapter: Version | AdapterSpec) -> Json:
-    """What an adapter says of itself, stored or not."""
-    return {
-        "rank": adapter.rank,
-        "alpha": adapter.alpha,
-        "rslora": adapter.rslora,
-        "target_modules": adapter.target_modules,
-        "dtype": adapter.dtype,
-        "bytes": adapter.bytes,
-        "parameters": adapter.parameters,
-        "base_model": adapter.base_model,
-    }
 
 
 def _config(serving: Serving, digest: str) -> Json | None:
@@ -466,12 +452,3 @@ def _show_import(one: Import) -> Json:
     if one.error is not None:
         shown["error"] = describe(one.error)[1]["error"]
     return shown
-
-
-def _show_inspection(seen: Inspection) -> Json:
-    shown: Json = {"object": "adapter.check", "ok": seen.algebra is not None}
-    if seen.spec is not None:
-        shown |= _described(seen.spec)
-    advice = [each.as_dict() for each in seen.advice]
-    algebra = None if seen.algebra is None else seen.algebra.as_dict()
-    return shown | {"checks": seen.report.as_dict() | {"advice": advice}, "algebra": algebra}

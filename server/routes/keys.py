@@ -7,7 +7,7 @@ from fastapi import APIRouter, Body
 from pydantic import BaseModel, ConfigDict, Field
 
 from adapters.names import ANY
-from server.keys import Key, Limits
+from server.keys import Limits
 from server.routes import Json, Served
 
 router = APIRouter(prefix="/v1/keys", tags=["keys"])
@@ -64,25 +64,25 @@ def create(asked: KeyRequest, serving: Served) -> Json:
         limits,
         _moment(asked.expires),
     )
-    return show_key(key) | {"key": token}
+    return key.as_dict() | {"key": token}
 
 
 @router.get("")
 def every(serving: Served) -> Json:
     """All keys, oldest first, with those that hold no more."""
-    return {"object": "list", "data": [show_key(key) for key in serving.keys.list()]}
+    return {"object": "list", "data": [key.as_dict() for key in serving.keys.list()]}
 
 
 @router.get("/{id}")
 def show(id: str, serving: Served) -> Json:
     """One key."""
-    return show_key(serving.keys.get(id))
+    return serving.keys.get(id).as_dict()
 
 
 @router.delete("/{id}")
 def revoke(id: str, serving: Served) -> Json:
     """Revokes a key: requests with it are refused from now on, and those that run go on."""
-    return show_key(serving.keys.revoke(id))
+    return serving.keys.revoke(id).as_dict()
 
 
 @router.post("/{id}/rotate")
@@ -96,30 +96,7 @@ def rotate(
 ) -> Json:
     """Another `key` for the same id."""
     key, token = serving.keys.rotate(id, grace_s)
-    return show_key(key) | {"key": token}
-
-
-def show_key(key: Key) -> Json:
-    """A key as JSON, without its secret."""
-    return {
-        "object": "key",
-        "id": key.id,
-        "name": key.name,
-        "scopes": list(key.scopes),
-        "adapters": list(key.adapters),
-        "weight": key.weight,
-        "requests_per_minute": key.limits.requests_per_minute,
-        "tokens_per_minute": key.limits.tokens_per_minute,
-        "concurrent_requests": key.limits.concurrent_requests,
-        "stored_bytes": key.limits.stored_bytes,
-        "created": _seconds(key.created),
-        "expires": _seconds(key.expires),
-        "revoked": _seconds(key.revoked),
-    }
-
-
-def _seconds(moment: datetime | None) -> int | None:
-    return None if moment is None else int(moment.timestamp())
+    return key.as_dict() | {"key": token}
 
 
 def _moment(seconds: int | None) -> datetime | None:

@@ -7,9 +7,9 @@ from typing import Annotated, Literal
 from fastapi import APIRouter, Query, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
-from server.routes import Json, Served
+from server.routes import Served
 from server.routes.keys import LAST
-from server.usage import Used, as_csv
+from server.usage import as_csv
 
 router = APIRouter(prefix="/v1/usage", tags=["operations"])
 
@@ -32,15 +32,4 @@ def used(
     rows = serving.usage.read(datetime.fromtimestamp(begin, UTC), datetime.fromtimestamp(end, UTC))
     if format == "csv":
         return StreamingResponse(as_csv(rows), media_type="text/csv")
-    return JSONResponse({"object": "list", "data": [_show(row) for row in rows]})
-
-
-def _show(row: Used) -> Json:
-    return {
-        "hour": int(row.hour.timestamp()),
-        "key": row.key,
-        "adapter": row.adapter,
-        "requests": row.requests,
-        "prompt_tokens": row.prompt_tokens,
-        "output_tokens": row.output_tokens,
-    }
+    return JSONResponse({"object": "list", "data": [row.as_dict() for row in rows]})

@@ -70,11 +70,21 @@ class Hub:
                 {
                     "rfilename": path,
                     "size": self.sizes.get(path, len(content)),
-                    "lfs": {"sha256": self.sha256 or hashlib.sha256(content).hexdigest()},
+                    "lfs": {
+                        "sha256": self.sha256 or hashlib.sha256(content).hexdigest(),
+                        "size": self.sizes.get(path, len(content)),
+                        "pointerSize": 134,
+                    },
                 }
                 for path, content in self.files.items()
             ],
         }
+
+    def tree(self) -> list[dict[str, Any]]:
+        return [
+            {"type": "file", "path": path, "size": len(content), "oid": "0" * 40}
+            for path, content in self.files.items()
+        ]
 
 
 def _handler(hub: Hub) -> type[Replies]:
@@ -89,10 +99,15 @@ def _handler(hub: Hub) -> type[Replies]:
                 self._reply(status, {"X-Error-Code": code} if code else {}, b"no" * 100)
             elif hub.token and self.headers["Authorization"] != f"Bearer {hub.token}":
                 self._reply(401, {})
+            elif path == f"/api/models/{REPO}/tree/{COMMIT}":
+                self._reply(200, {}, json.dumps(hub.tree()).encode())
             elif path.startswith("/api/models/"):
                 self._info(path)
             else:
                 self._file(path)
+
+        def do_HEAD(self) -> None:
+            self.do_GET()
 
         def _info(self, path: str) -> None:
             match = re.fullmatch(f"/api/models/{REPO}(?:/revision/([^/]+))?", path)
@@ -109,7 +124,11 @@ def _handler(hub: Hub) -> type[Replies]:
                 self._reply(404, {"X-Error-Code": "EntryNotFound"})
                 return
             begin = 0
-            headers = {"X-Repo-Commit": COMMIT, "ETag": '"e"', "X-Xet-Hash": "0" * 64}
+            headers = {
+                "X-Repo-Commit": COMMIT,
+                "ETag": f'"{hashlib.sha256(content).hexdigest()}"',
+                "X-Xet-Hash": "0" * 64,
+            }
             if hub.knows_ranges and (asked := self.headers["Range"]):
                 begin = int(asked.removeprefix("bytes=").removesuffix("-"))
                 headers["Content-Range"] = f"bytes {begin}-{len(content) - 1}/{len(content)}"
@@ -121,7 +140,8 @@ def _handler(hub: Hub) -> type[Replies]:
             else:
                 self.send_header("Content-Length", str(len(content) - begin))
             self.end_headers()
-            self._send(content[begin:])
+            if self.command != "HEAD":
+                self._send(content[begin:])
 
         def _send(self, content: bytes) -> None:
             drop = hub.drops.pop(0) if hub.drops and not content.startswith(b"{") else None

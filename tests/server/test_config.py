@@ -48,6 +48,12 @@ def test_what_is_not_ours_goes_to_vllm(monkeypatch: pytest.MonkeyPatch) -> None:
     ]
 
 
+def test_what_commands_read_is_nothing_to_a_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORAPLEX_URL", "http://127.0.0.1:8000")
+    monkeypatch.setenv("LORAPLEX_API_KEY", "lpx_1_2")
+    assert Settings.read([]).engine == []
+
+
 def test_every_problem_is_a_line() -> None:
     with pytest.raises(ConfigError) as caught:
         Settings.read(["--port", "0", "--max-loras", "many", "--max-lora-rank", "7"])

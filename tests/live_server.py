@@ -1,0 +1,89 @@
+"""A stand-in for a server's /v1/live, and nothing else of one."""
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+NOW = 1_800_000_000.0
+
+
+def adapter(name: str, **more: Any) -> dict[str, Any]:
+    quiet = {"p50": None, "p99": None}
+    return {
+        **{"adapter": name, "waiting": 0, "running": 0, "residency": "disk", "requests": 1},
+        **{"errors": 0, "prompt_tokens_per_s": 0, "tokens_per_s": 0.0},
+        **{"first_token_s": quiet, "token_gap_s": quiet},
+        **more,
+    }
+
+
+def live(**more: Any) -> dict[str, Any]:
+    """What /v1/live says of a server with some traffic."""
+    busy = {"first_token_s": {"p50": 0.21, "p99": 0.4}, "token_gap_s": {"p50": 0.031, "p99": 0.05}}
+    sql = adapter("sql", waiting=3, running=2, residency="slot", requests=1234, **busy)
+    steps = [
+        {"at": NOW - 5 * n, "adapters": {"sql": {"tokens": 160 - 20 * n, "requests": 2}}}
+        for n in range(8, -1, -1)
+    ]
+    resident = [
+        {"reference": "sql@1", "residency": "slot", "bytes": 4900000, "leases": 2, "pinned": True},
+        {"reference": "code@2", "residency": "host", "bytes": 1, "leases": 0, "pinned": False},
+        {"reference": None, "residency": "loading", "bytes": 0, "leases": 0, "pinned": False},
+    ]
+    return {
+        **{"object": "live", "now": NOW, "started": NOW - 7500, "base": "tiny", "ready": True},
+        **{"restarts": 1, "slots": 8, "places": 32, "resident": resident, "window_s": 60},
+        "adapters": [
+            sql | {"tokens_per_s": 31.24},
+            adapter("code", residency="host", errors=2),
+            adapter("base", residency=None),
+        ],
+        "events": [
+            {"at": NOW - 9, "event": "loaded", "reference": "sql@1", "seconds": 0.12},
+            {"at": NOW - 5, "event": "load_failed", "reference": "broken@1", "seconds": None},
+        ],
+        **{"interval_s": 5, "history": steps},
+        **more,
+    }
+
+
+class LiveServer(ThreadingHTTPServer):
+    """Answers with `said`, and counts how often it was `asked`."""
+
+    said: dict[str, Any]
+    asked = 0
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}"
+
+
+class _Handler(BaseHTTPRequestHandler):
+    server: LiveServer
+
+    def do_GET(self) -> None:
+        self.server.asked += self.path == "/v1/live"
+        body = json.dumps(self.server.said).encode()
+        self.send_response(200 if self.path == "/v1/live" else 404)
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, format: str, *args: Any) -> None: ...
+
+
+@contextmanager
+def serve(**more: Any) -> Iterator[LiveServer]:
+    """One on a free port."""
+    with LiveServer(("127.0.0.1", 0), _Handler) as server:
+        server.said = live(**more)
+        thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+        thread.start()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
