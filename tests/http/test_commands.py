@@ -457,3 +457,17 @@ def test_a_server_that_is_not_ready(loraplex: Loraplex, running: Running) -> Non
         running.serving.handlers = handlers
     assert (done.code, done.out.strip()) == (3, "")
     assert "The engine is starting" in done.err
+
+
+# Watching -----------------------------------------------------------------------------------
+
+
+def test_top_shows_what_the_server_says(loraplex: Loraplex, http: httpx.Client, mine: str) -> None:
+    asked = {"model": mine, "prompt": "On", "max_tokens": 4, "ignore_eos": True}
+    assert http.post("/v1/completions", json=asked).status_code == 200
+    done = loraplex("top", "--once", COLUMNS="140")
+    assert done.code == 0, done.err
+    [line] = [line for line in done.out.splitlines() if line.lstrip().startswith(mine)]
+    assert "slot" in line
+    told = json.loads(loraplex("top", "--json").out)
+    assert told["object"] == "live" and mine in {each["adapter"] for each in told["adapters"]}
