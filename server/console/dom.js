@@ -63,7 +63,7 @@ export function trouble(error, title = "That did not work") {
     "div",
     { class: "notice error", role: "alert" },
     h("strong", {}, title),
-    h("p", {}, error.message),
+    !problems.length && h("p", {}, error.message), // or it would say the first of them twice
     problems.length > 0 && h("ol", { class: "problems" }, problems),
     !problems.length && ADVICE[error.status] && h("p", { class: "fix" }, ADVICE[error.status]),
   );
