@@ -76,8 +76,11 @@ def server_answers(url: str, api_key: str, concurrency: int) -> Answerer:
     return answers
 
 
-def local_answers(base: Path, weights: Path, batch: int = 25) -> Answerer:
-    """Asks transformers and PEFT in this process, `batch` prompts of similar length at a time."""
+def local_answers(base: Path, weights: Path, batch: int = 25, dtype: str = "bfloat16") -> Answerer:
+    """Asks transformers and PEFT in this process, `batch` prompts of similar length at a time.
+
+    `dtype` is what is computed in, by torch's name.
+    """
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -86,11 +89,11 @@ def local_answers(base: Path, weights: Path, batch: int = 25) -> Answerer:
     tokenizer = AutoTokenizer.from_pretrained(base, padding_side="left")
 
     async def answers(model: str, items: list[Item], max_tokens: int, tick: Tick) -> list[str]:
-        network: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+        network: Any = AutoModelForCausalLM.from_pretrained(base, dtype=getattr(torch, dtype))
         if model != "base":
             network = PeftModel.from_pretrained(
                 network, weights / model, autocast_adapter_dtype=False
-            )
+            ).to(network.dtype)
         network.to(device).eval()
         order = sorted(range(len(items)), key=lambda i: len(items[i].prompt))
         replies = [""] * len(items)

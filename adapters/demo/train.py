@@ -13,7 +13,7 @@ import math
 import random
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,6 +48,19 @@ RECIPES = {
     "code": Recipe(items=4500),
     "poetry": Recipe(items=3200),
 }
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What PEFT's LoraConfig is told; the demo adapters have the defaults."""
+
+    r: int = 8
+    alpha: int = 16
+    dropout: float = 0.05
+    targets: tuple[str, ...] = SEVEN
+
+
+DEMO = Shape()
 
 
 @dataclass(frozen=True)
@@ -159,28 +172,54 @@ def tensors_of(batch: list[Row], device: str) -> tuple[dict[str, Tensor], Tensor
     )
 
 
-def lora_model(base: Path, seed: int, device: str) -> Any:
-    """The base with a fresh adapter around it, in training mode."""
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+def lora_model(
+    base: Path, seed: int, device: str, shape: Shape = DEMO, dtype: torch.dtype = torch.bfloat16
+) -> Any:
+    """The base, in `dtype`, with a fresh adapter around it, in training mode."""
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
     torch.manual_seed(seed)
     config = LoraConfig(
-        r=8,
-        lora_alpha=16,
-        lora_dropout=0.05,
-        target_modules=list(SEVEN),
+        r=shape.r,
+        lora_alpha=shape.alpha,
+        lora_dropout=shape.dropout,
+        target_modules=list(shape.targets),
         task_type="CAUSAL_LM",
     )
     peft_model = get_peft_model(model, config).to(device)
-    kept = 1 - config.lora_dropout
-    pool = ((torch.rand(1 << 23) < kept).to(torch.bfloat16) / kept).to(device)
-    for module in peft_model.modules():
-        if hasattr(module, "lora_dropout"):
-            module.lora_dropout["default"] = PooledDropout(pool)
+    if shape.dropout:
+        kept = 1 - shape.dropout
+        pool = ((torch.rand(1 << 23) < kept).to(dtype) / kept).to(device)
+        for module in peft_model.modules():
+            if hasattr(module, "lora_dropout"):
+                module.lora_dropout["default"] = PooledDropout(pool)
     return peft_model.train()
 
 
-def train(task: Task, recipe: Recipe, base: Path, seed: int, device: str) -> Any:
-    """Trains an adapter and returns the PEFT model; one line of progress every 10 steps."""
+def loss_of(model: Any, batch: list[Row], device: str, dtype: torch.dtype) -> Tensor:
+    """The mean cross-entropy of the answers' tokens, in nats, computed in `dtype`."""
+    inputs, source, target = tensors_of(batch, device)
+    inner = model.base_model.model
+    cast = torch.autocast(torch.device(device).type, torch.bfloat16, dtype == torch.bfloat16)
+    with cast, disable_input_dtype_casting(model):
+        hidden = inner.model(**inputs, use_cache=False).last_hidden_state
+        logits = inner.lm_head(hidden.flatten(0, 1)[source])
+    return torch.nn.functional.cross_entropy(logits.float(), target)
+
+
+def train(
+    task: Task,
+    recipe: Recipe,
+    base: Path,
+    seed: int,
+    device: str,
+    shape: Shape = DEMO,
+    dtype: torch.dtype = torch.bfloat16,
+    note: Callable[[float], object] = lambda loss: None,
+) -> Any:
+    """Trains an adapter and returns the PEFT model; one line of progress every 10 steps.
+
+    `dtype` is the base's; `note` is told the loss of every step.
+    """
     random.seed(seed)
     tokenizer = AutoTokenizer.from_pretrained(base)
     items = task.items("train", recipe.items, seed)
@@ -190,8 +229,7 @@ def train(task: Task, recipe: Recipe, base: Path, seed: int, device: str) -> Any
     tokens_left = sum(len(row.ids) for batch in plan for row in batch)
     print(f"{task.name}: {len(items)} items, {tokens_left} tokens, {len(plan)} steps", flush=True)
 
-    model = lora_model(base, seed, device)
-    inner = model.base_model.model
+    model = lora_model(base, seed, device, shape, dtype)
     learned = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(learned, lr=recipe.peak_lr, betas=(0.9, 0.98), weight_decay=0.0)
     warmup = max(1, len(plan) // 20)
@@ -205,17 +243,13 @@ def train(task: Task, recipe: Recipe, base: Path, seed: int, device: str) -> Any
     began = time.monotonic()
     tokens_done, smooth = 0, 0.0
     for step, batch in enumerate(plan, 1):
-        inputs, source, target = tensors_of(batch, device)
-        device_type = torch.device(device).type
-        with torch.autocast(device_type, dtype=torch.bfloat16), disable_input_dtype_casting(model):
-            hidden = inner.model(**inputs, use_cache=False).last_hidden_state
-            logits = inner.lm_head(hidden.flatten(0, 1)[source])
-        loss = torch.nn.functional.cross_entropy(logits.float(), target)
+        loss = loss_of(model, batch, device, dtype)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(learned, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+        note(loss.item())
         tokens_done += sum(len(row.ids) for row in batch)
         smooth = loss.item() if step == 1 else 0.9 * smooth + 0.1 * loss.item()
         if step % 10 == 0 or step == len(plan):
