@@ -223,6 +223,7 @@ class Churn:
         self._book = book
         self._dice = dice
         self._numbers = itertools.count()
+        self._served: dict[str, int] = {}  # the version that requests get, where it is not 1
 
     async def go(self) -> None:
         """A change every CHURN_S, for ever: as much comes as goes."""
@@ -245,10 +246,13 @@ class Churn:
     async def replace(self) -> None:
         """Another version under the alias, and the one before it goes."""
         name = self._dice.choice(self._live.names)
-        new = (await self._send("replace", name))["version"]
+        new, old = (await self._send("replace", name))["version"], self._served.get(name, 1)
+        if new == old:  # the bytes that it has
+            return
+        self._served[name] = new
         path = f"/v1/adapters/{name}"
         await self._call("alias", "PUT", f"{path}/aliases/prod", json={"version": new})
-        await self._call("delete version", "DELETE", f"{path}/versions/{new - 1}")
+        await self._call("delete version", "DELETE", f"{path}/versions/{old}")
 
     async def retire(self) -> None:
         """One that nobody asks for any more, to be deleted when its last request is over."""
