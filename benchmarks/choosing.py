@@ -12,8 +12,9 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
-import random
+import statistics
 import sys
 import time
 from collections.abc import Sequence
@@ -34,7 +35,11 @@ FIGURES = "choosing.json"
 BASE = "base"
 QUERY_VALUE = ("q_proj", "v_proj")
 SEVEN = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
-TRAINED, HELD_OUT, SEED = 80, 32, 0
+TRAINED, HELD_OUT = 80, 32
+HELD_OUT_SEED = 0
+# Each choice as often: other items, another order, other first weights. What differs among them is
+# chance.
+DRAWS = 2
 ROW_TOKENS = 240  # a step is one row: with few items, many small steps learn more than few large
 
 Json = dict[str, Any]
@@ -82,25 +87,25 @@ class Figures:
             if self._data["recipe"] != recipe:
                 raise OtherRun(f"{path} was measured with {self._data['recipe']}, not {recipe}")
 
-    def of(self, task: str, name: str) -> Json:
-        """A case's figures so far; none if it has not begun."""
+    def of(self, task: str, name: str, draw: int = 0) -> Json:
+        """A draw's figures so far; none if it has not begun."""
         for run in self._data["runs"]:
-            if (run["task"], run["name"]) == (task, name):
+            if _key(run) == (task, name, draw):
                 return dict(run)
         return {}
 
     def keep(self, run: Json) -> None:
-        """Keeps a case's figures; whoever stops the run later loses none of them."""
-        others = [
-            each
-            for each in self._data["runs"]
-            if (each["task"], each["name"]) != (run["task"], run["name"])
-        ]
+        """Keeps a draw's figures; whoever stops the run later loses none of them."""
+        others = [each for each in self._data["runs"] if _key(each) != _key(run)]
         self._data["runs"] = [*others, run]
         self._path.parent.mkdir(parents=True, exist_ok=True)
         partial = self._path.with_suffix(".part")
         partial.write_text(json.dumps(self._data, indent=1, ensure_ascii=False) + "\n")
         partial.replace(self._path)
+
+
+def _key(run: Json) -> tuple[str, str, int]:
+    return run["task"], run["name"], run["draw"]
 
 
 class Bench:
@@ -120,10 +125,11 @@ class Bench:
         from adapters.demo.train import Shape, lora_model
 
         # A fresh adapter has B = 0: it is the base.
-        model = lora_model(self._base, SEED, "cpu", Shape(r=1, dropout=0.0), self._dtype)
-        return {"task": task.name, "name": BASE, "held_out_loss": self._loss(model, task)}
+        model = lora_model(self._base, 0, "cpu", Shape(r=1, dropout=0.0), self._dtype)
+        loss = self._loss(model, task)
+        return {"task": task.name, "name": BASE, "draw": 0, "held_out_loss": loss}
 
-    def trained(self, task: Task, case: Case) -> Json:
+    def trained(self, task: Task, case: Case, draw: int) -> Json:
         """An adapter that is trained as the case says, and looked at; it stays in `work`."""
         from adapters.demo.train import Shape, save, train
 
@@ -131,39 +137,40 @@ class Bench:
         losses: list[float] = []
         wall, cpu = time.monotonic(), time.process_time()
         model = train(
-            task, self._recipe, self._base, SEED, "cpu", shape, self._dtype, losses.append
+            task, self._recipe, self._base, draw, "cpu", shape, self._dtype, losses.append
         )
         wall, cpu = time.monotonic() - wall, time.process_time() - cpu
         last = losses[-max(1, len(losses) // 4) :]
-        save(model, self._folder(task, case))
+        save(model, self._folder(task, case, draw))
         return {
             "task": task.name,
             **asdict(case),
+            "draw": draw,
             "steps": len(losses),
             "seconds": round(wall, 1),
             "cpu_seconds": round(cpu, 1),
             "train_loss": sum(last) / len(last),
             "held_out_loss": self._loss(model, task),
-            **self._algebra(self._folder(task, case)),
+            **self._algebra(self._folder(task, case, draw)),
         }
 
-    def solved(self, task: Task, case: Case) -> Json:
-        """How many held-out items the case's adapter solves."""
+    def solved(self, task: Task, case: Case, draw: int) -> Json:
+        """How many held-out items an adapter solves."""
         from adapters.demo import score
 
-        folder = self._folder(task, case)
+        folder = self._folder(task, case, draw)
         answers = score.local_answers(self._base, folder.parent, HELD_OUT, self._dtype_name)
-        items = task.items("test", HELD_OUT, SEED)
+        items = task.items("test", HELD_OUT, HELD_OUT_SEED)
 
         async def asked() -> list[str]:
             return await answers(folder.name, items, task.max_tokens, lambda done: None)
 
         replies = asyncio.run(asked())
-        found = score.scored(task, folder.name, "test", SEED, items, replies, 0.0)
+        found = score.scored(task, folder.name, "test", HELD_OUT_SEED, items, replies, 0.0)
         return {"solved": found.solved, "items": found.items, "by_kind": found.by_kind}
 
-    def _folder(self, task: Task, case: Case) -> Path:
-        return self._work / task.name / case.name.replace(" ", "-")
+    def _folder(self, task: Task, case: Case, draw: int) -> Path:
+        return self._work / task.name / f"{case.name} {draw}".replace(" ", "-")
 
     def _loss(self, model: Any, task: Task) -> float:
         import torch
@@ -172,7 +179,7 @@ class Bench:
         from adapters.demo.train import encoded, loss_of, rows_of
 
         tokenizer = AutoTokenizer.from_pretrained(self._base)
-        items = task.items("test", HELD_OUT, SEED)
+        items = task.items("test", HELD_OUT, HELD_OUT_SEED)
         rows = rows_of([encoded(tokenizer, item) for item in items], self._recipe.row_tokens)
         model.eval()
         with torch.inference_mode():
@@ -198,26 +205,49 @@ class Bench:
 
 
 def table(data: Json, task: str) -> str:
-    """The figures of one task as Markdown, in the order of CASES."""
-    runs = {run["name"]: run for run in data["runs"] if run["task"] == task}
+    """The figures of one task as Markdown: by rank, then what else was chosen; losses by draw."""
     lines = [
-        "| | r | α | dropout | layers | parameters | MB | held-out loss | solved | train loss "
-        "| rank for 99 % | CPU s |",
+        "| | r | α | dropout | layers | parameters | MB | held-out loss | train loss "
+        "| solved | rank for 99 % | CPU s |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    if base := runs.get(BASE):
+    for base in _runs(data, task, BASE):
         lines.append(f"| no adapter | | | | | | | {base['held_out_loss']:.3f} | | | | |")
-    for case in CASES:
-        if run := runs.get(case.name):
-            solved = f"{run['solved']} of {run['items']}" if "solved" in run else "not run"
+    for case in sorted(CASES, key=_place):
+        if runs := _runs(data, task, case.name):
+            first = runs[0]
+            scored = [run for run in runs if "solved" in run]
+            solved = f"{sum(r['solved'] for r in scored)} of {sum(r['items'] for r in scored)}"
             lines.append(
-                f"| {case.name} | {run['r']} | {run['alpha']} | {run['dropout']:g} "
-                f"| {'q, v' if len(run['targets']) == 2 else 'all seven'} "
-                f"| {run['parameters']:,} | {run['bytes'] / 1e6:.1f} "
-                f"| {run['held_out_loss']:.3f} | {solved} | {run['train_loss']:.3f} "
-                f"| {run['rank_99']} | {run['cpu_seconds']:.0f} |"
+                f"| {case.name} | {first['r']} | {first['alpha']} | {first['dropout']:g} "
+                f"| {'q, v' if len(first['targets']) == 2 else 'all seven'} "
+                f"| {first['parameters']:,} | {first['bytes'] / 1e6:.1f} "
+                f"| {_each(runs, 'held_out_loss')} | {_each(runs, 'train_loss')} "
+                f"| {solved if scored else 'not run'} "
+                f"| {_mean(runs, 'rank_99'):.0f} | {min(r['cpu_seconds'] for r in runs):.0f} |"
             )
     return "\n".join(lines) + "\n"
+
+
+def _place(case: Case) -> tuple[bool, bool, int]:
+    of_rank = case.name.startswith("r ")
+    return not of_rank, case.targets != SEVEN, case.r if of_rank else 0
+
+
+def _runs(data: Json, task: str, name: str) -> list[Json]:
+    """A case's draws."""
+    return sorted(
+        (run for run in data["runs"] if (run["task"], run["name"]) == (task, name)),
+        key=lambda run: int(run["draw"]),
+    )
+
+
+def _mean(runs: Sequence[Json], key: str) -> float:
+    return float(statistics.fmean(run[key] for run in runs))
+
+
+def _each(runs: Sequence[Json], key: str) -> str:
+    return ", ".join(f"{run[key]:.3f}" for run in runs)
 
 
 def draw(data: Json, path: Path) -> None:
@@ -229,23 +259,21 @@ def draw(data: Json, path: Path) -> None:
 
     pyplot.rcParams |= {"font.size": 8, "axes.grid": True, "grid.alpha": 0.3}
     figure, axes = pyplot.subplots(1, 2, figsize=(8, 3))
-    tasks = dict.fromkeys(run["task"] for run in data["runs"])
-    for task in tasks:
+    for task in dict.fromkeys(run["task"] for run in data["runs"]):
         for layers, targets in (("all seven", SEVEN), ("q, v", QUERY_VALUE)):
-            chosen = sorted(
-                (
-                    run
-                    for run in data["runs"]
-                    if run["task"] == task
-                    and run["name"].startswith("r ")
-                    and tuple(run["targets"]) == targets
-                ),
-                key=lambda run: run["r"],
+            cases = sorted(
+                (case for case in CASES if case.targets == targets and case.name.startswith("r ")),
+                key=lambda case: case.r,
             )
-            ranks = [run["r"] for run in chosen]
+            drawn = [(case.r, runs) for case in cases if (runs := _runs(data, task, case.name))]
+            ranks = [r for r, _ in drawn]
             label = f"{task}: {layers}"
-            axes[0].plot(ranks, [run["held_out_loss"] for run in chosen], "o-", label=label)
-            axes[1].plot(ranks, [run["bytes"] / 1e6 for run in chosen], "o-", label=label)
+            means = [_mean(runs, "held_out_loss") for _, runs in drawn]
+            (line,) = axes[0].plot(ranks, means, "o-", label=label)
+            for r, runs in drawn:
+                losses = [run["held_out_loss"] for run in runs]
+                axes[0].plot([r] * len(losses), losses, ".", color=line.get_color(), alpha=0.5)
+            axes[1].plot(ranks, [runs[0]["bytes"] / 1e6 for _, runs in drawn], "o-", label=label)
     for panel, title in zip(axes, ("held-out loss, nats a token", "MB"), strict=True):
         panel.set_title(title)
         panel.set_xlabel("r (α = 2r)")
@@ -267,29 +295,25 @@ def report(out: Path) -> None:
 
 def measure(tasks: Sequence[str], base: Path, work: Path, out: Path, dtype: str) -> None:
     """Does what is not done yet. Raises OtherRun."""
-    import torch
-
     from adapters.demo import TASKS
     from adapters.demo.train import Recipe
 
     recipe = Recipe(items=TRAINED, row_tokens=ROW_TOKENS, batch_tokens=ROW_TOKENS)
-    stated = asdict(recipe) | {"held_out": HELD_OUT, "seed": SEED, "dtype": dtype}
+    stated = asdict(recipe) | {"held_out": HELD_OUT, "dtype": dtype}
     figures = Figures(out / FIGURES, stated)
     bench = Bench(base, work, recipe, dtype)
     for task in (TASKS[name] for name in tasks):
         if not figures.of(task.name, BASE):
             figures.keep(bench.bare(task))
-        for case in CASES:
-            if not figures.of(task.name, case.name):
-                random.seed(SEED)
-                torch.manual_seed(SEED)
-                figures.keep(bench.trained(task, case))
-                print(figures.of(task.name, case.name), flush=True)
+        for draw, case in itertools.product(range(DRAWS), CASES):
+            if not figures.of(task.name, case.name, draw):
+                figures.keep(bench.trained(task, case, draw))
+                print(figures.of(task.name, case.name, draw), flush=True)
     for task in (TASKS[name] for name in tasks):
-        for case in CASES:
-            run = figures.of(task.name, case.name)
+        for draw, case in itertools.product(range(DRAWS), CASES):
+            run = figures.of(task.name, case.name, draw)
             if "solved" not in run:
-                figures.keep(run | bench.solved(task, case))
+                figures.keep(run | bench.solved(task, case, draw))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
