@@ -223,9 +223,10 @@ def test_names_complete_from_the_server(loraplex: Loraplex, four: dict[str, str]
         asked = {"COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
         return loraplex(_LORAPLEX_COMPLETE="complete_bash", **asked).out.split()
 
-    assert completed("loraplex adapters show t") == ["three", "two"]
-    assert completed("loraplex chat --adapter fou") == ["four"]
-    assert completed("loraplex bench --adapters one,b") == ["one,base"]
+    shown = completed("loraplex adapters show t")  # other tests' adapters can be among them
+    assert {"three", "two"} <= set(shown) and all(name.startswith("t") for name in shown)
+    assert "four" in completed("loraplex chat --adapter fou")
+    assert "one,base" in completed("loraplex bench --adapters one,b")
 
 
 # Changing them ------------------------------------------------------------------------------
