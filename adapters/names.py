@@ -66,6 +66,11 @@ def matches(name: str, patterns: Iterable[str]) -> bool:
     return any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
+def name_of(reference: str) -> str:
+    """The adapter's name in a reference, which need not be a valid one."""
+    return reference.partition("@")[0]
+
+
 @dataclass(frozen=True, slots=True)
 class Reference:
     """What a client writes to mean a version: a name, and at most one of the three selectors.

@@ -7,7 +7,7 @@ and those in the engine: thousands of idle adapters make no series.
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 from prometheus_client import REGISTRY
 from prometheus_client.core import (
@@ -18,6 +18,7 @@ from prometheus_client.core import (
 )
 from prometheus_client.registry import Collector as Collecting
 
+from adapters.names import name_of
 from adapters.registry import Registry, Summary
 from server.gateway import Gateway
 from server.traffic import Histogram, Traffic
@@ -229,8 +230,10 @@ def _for_routers(gateway: Gateway, references: Mapping[str, Sequence[str]]) -> I
         "Adapters in a slot (gpu) or only in the host cache (cpu).",
         labels=["adapter_name", "level", "pinned"],
     )
-    for name, level, pinned in _levels(gateway, references):
-        loaded.add_metric([name, level, str(pinned).lower()], 1)
+    names = {digest: map(name_of, some) for digest, some in references.items()}
+    for name, (tier, pinned) in sorted(residency.nearest(names).items()):
+        if (level := LEVELS.get(tier)) is not None:
+            loaded.add_metric([name, level, str(pinned).lower()], 1)
     yield loaded
     yield GaugeMetricFamily(
         "vllm:num_gpu_loaded_lora_adapters", "Adapters in a slot.", len(residency.in_slots())
@@ -238,22 +241,3 @@ def _for_routers(gateway: Gateway, references: Mapping[str, Sequence[str]]) -> I
     yield GaugeMetricFamily(
         "vllm:max_gpu_lora_adapters", "Adapters that one batch can use.", residency.slots
     )
-
-
-def _levels(
-    gateway: Gateway, references: Mapping[str, Sequence[str]]
-) -> Iterable[tuple[str, str, bool]]:
-    """Name, level and whether it is pinned, of each adapter of which a version is loaded.
-
-    Of several versions of one adapter the one that is nearest to the engine counts.
-    """
-    found: dict[str, tuple[str, bool]] = {}
-    residency = gateway.residency
-    for entry in residency.entries():
-        level = LEVELS.get(residency.tier(entry.digest))
-        for reference in references.get(entry.digest, []):
-            name = reference.partition("@")[0]
-            if level is not None and found.get(name, ("",))[0] != "gpu":
-                pinned = entry.pinned or found.get(name, ("", False))[1]
-                found[name] = (level, pinned)
-    return [(name, level, pinned) for name, (level, pinned) in sorted(found.items())]

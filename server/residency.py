@@ -5,7 +5,7 @@ Synchronous, no I/O: it decides, the gateway does. An *entry* is one version, by
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -16,6 +16,9 @@ class State(Enum):
 
     LOADING = "loading"
     HOST = "host"
+
+
+_TIERS = (State.LOADING.value, State.HOST.value, "slot")  # the last is nearest to the engine
 
 
 @dataclass(eq=False)
@@ -231,6 +234,19 @@ class Residency:
         if entry is None:
             return "disk"
         return "slot" if digest in self._slots else entry.state.value
+
+    def nearest(self, names: Mapping[str, Iterable[str]]) -> dict[str, tuple[str, bool]]:
+        """Tier, and whether it is pinned, of what is here, by name; `names` has them by digest.
+
+        Of several entries with one name, the one that is nearest to the engine counts.
+        """
+        found: dict[str, tuple[str, bool]] = {}
+        for entry in self._entries.values():
+            tier = self.tier(entry.digest)
+            for name in names.get(entry.digest, ()):
+                other, pinned = found.get(name, (tier, False))
+                found[name] = (max(tier, other, key=_TIERS.index), pinned or entry.pinned)
+        return found
 
     def leases(self, digest: str) -> int:
         """Running requests on `digest`."""

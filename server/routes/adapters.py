@@ -21,6 +21,7 @@ from adapters import jsontext
 from adapters.errors import AdapterNotFound, no_adapter
 from adapters.folder import CONFIG, belongs, disk
 from adapters.ingest import described
+from adapters.names import name_of
 from adapters.registry import Adapter, Version
 from adapters.sources import archive
 from server.errors import BadRequest, Forbidden, describe
@@ -38,7 +39,7 @@ PROGRESS_S = 0.25  # between two looks at an import that somebody follows
 
 def _named(name: str, asker: Asker) -> str:
     """The name, or reference, in a path, if it is one that the key may use."""
-    if not asker.sees(adapter := name.partition("@")[0]):
+    if not asker.sees(adapter := name_of(name)):
         raise no_adapter(adapter)
     return name
 
@@ -228,8 +229,7 @@ async def show(name: Named, serving: Served) -> Json:
             raise
         nothing: Json = {"versions": [], "aliases": {}, "created": None, "metadata": {}}
         return {"object": "adapter", "name": name, **nothing, "imports": imports}
-    usage = await run_sync(_usage, serving, name)
-    return await run_sync(_show, serving, adapter) | {"imports": imports, "usage": usage}
+    return await run_sync(_show_whole, serving, adapter) | {"imports": imports}
 
 
 @router.get("/{name}/versions/{version}")
@@ -388,17 +388,11 @@ def _show(serving: Serving, adapter: Adapter) -> Json:
     }
 
 
-def _usage(serving: Serving, name: str) -> list[Json]:
+def _show_whole(serving: Serving, adapter: Adapter) -> Json:
     since = datetime.now(UTC) - timedelta(days=1)
-    return [
-        {
-            "hour": int(used.hour.timestamp()),
-            "requests": used.requests,
-            "prompt_tokens": used.prompt_tokens,
-            "output_tokens": used.output_tokens,
-        }
-        for used in serving.usage.of(name, since)
-    ]
+    hours = [used.as_dict() for used in serving.usage.of(adapter.name, since)]
+    usage = [{k: v for k, v in hour.items() if k not in ("key", "adapter")} for hour in hours]
+    return _show(serving, adapter) | {"usage": usage}
 
 
 def _show_version(serving: Serving, version: Version) -> Json:

@@ -8,6 +8,7 @@ from anyio.to_thread import run_sync
 from fastapi import APIRouter, Query
 from fastapi.responses import JSONResponse
 
+from adapters.names import name_of
 from server.gateway import Gateway
 from server.keys import BASE
 from server.recent import INTERVAL_S, Event, Interval, Work
@@ -40,14 +41,14 @@ async def live(
     if gateway is not None:
         digests.update(entry.digest for entry in gateway.residency.entries())
     references = {
-        digest: [each for each in named if asker.sees(_name(each))]
+        digest: [each for each in named if asker.sees(name_of(each))]
         for digest, named in (await run_sync(serving.registry.references, digests)).items()
     }
     resident = _resident(gateway, references) if gateway else []
+    tiers = _tiers(gateway, references) if gateway else {}
     base = serving.settings.base_name
     tokens = recent.tokens(WINDOW_S)
     counts = _counts(gateway, base) if gateway else {}
-    tiers = {_name(each): entry["residency"] for entry in resident for each in entry["references"]}
     names = [
         name
         for name in {base, *tokens, *counts, *tiers}
@@ -78,8 +79,10 @@ async def live(
     return JSONResponse(shows)  # as it is: to look through all of it first would take longer
 
 
-def _name(reference: str) -> str:
-    return reference.partition("@")[0]
+def _tiers(gateway: Gateway, references: References) -> dict[str, str]:
+    """Where each adapter of which a version is loaded is, at its nearest."""
+    names = {digest: map(name_of, some) for digest, some in references.items()}
+    return {name: tier for name, (tier, _) in gateway.residency.nearest(names).items()}
 
 
 def _counts(gateway: Gateway, base: str) -> dict[str, tuple[int, int]]:

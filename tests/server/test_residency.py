@@ -47,6 +47,23 @@ def test_what_is_here_is_not_loaded_again() -> None:
         residency.begin("a")
 
 
+def test_of_several_with_one_name_the_nearest_to_the_engine_counts() -> None:
+    residency = Residency(4, 1)
+    for digest in "ab":
+        has(residency, digest)
+    residency.begin("c")
+    residency.enter("a")
+    residency.lease("b")
+    assert residency.pin("b")
+    names = {"a": ["sql", "code"], "b": ["sql", "poetry"], "c": ["poetry", "new"], "d": ["gone"]}
+    assert residency.nearest(names) == {
+        "sql": ("slot", True),
+        "code": ("slot", False),
+        "poetry": ("host", True),
+        "new": ("loading", False),
+    }
+
+
 def test_a_failed_load_leaves_nothing() -> None:
     residency = Residency(1, 1)
     residency.begin("a")
