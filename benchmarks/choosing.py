@@ -250,7 +250,7 @@ def _each(runs: Sequence[Json], key: str) -> str:
     return ", ".join(f"{run[key]:.3f}" for run in runs)
 
 
-def draw(data: Json, path: Path) -> None:
+def plot(data: Json, path: Path) -> None:
     """Held-out loss and bytes by rank, for all seven layers and for q and v."""
     import matplotlib
 
@@ -290,7 +290,7 @@ def report(out: Path) -> None:
     tasks = dict.fromkeys(run["task"] for run in data["runs"])
     parts = [f"## {task}\n\n{table(data, task)}" for task in tasks]
     (out / "table.md").write_text("\n".join(parts))
-    draw(data, out / "ranks.png")
+    plot(data, out / "ranks.png")
 
 
 def measure(tasks: Sequence[str], base: Path, work: Path, out: Path, dtype: str) -> None:

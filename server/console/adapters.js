@@ -1,16 +1,34 @@
 // All adapters in a table, and the way in for new ones.
 
 import { pages, bring, upload } from "./api.js";
-import { bytes, count, date, h, notice, percent, show, trouble } from "./dom.js";
+import { MODULES } from "./charts.js";
+import {
+  besideBase,
+  bytes,
+  count,
+  date,
+  h,
+  head,
+  loading,
+  notice,
+  pageOf,
+  percent,
+  progress,
+  show,
+  table,
+  tier,
+  trouble,
+} from "./dom.js";
 
 const ROWS = 100; // on one page of the table
 const WAIT_MS = 120; // after a key, until the table is searched
+const ARCHIVE = /\.(zip|tar|tgz|tar\.\w+)$/;
 
 const COLUMNS = [
   {
     title: "Name",
     of: (each) => each.name,
-    cell: (each) => h("a", { href: `#/adapters/${encodeURIComponent(each.name)}` }, each.name),
+    cell: (each) => h("a", { href: pageOf(each.name) }, each.name),
     class: "name",
   },
   { title: "Version", of: (each) => each.number, cell: (each) => each.number ?? "–", class: "number" },
@@ -28,7 +46,7 @@ const COLUMNS = [
   {
     title: "Where",
     of: (each) => each.where,
-    cell: (each) => h("span", { class: `tier ${each.where}` }, each.where, each.pinned && " 📌"),
+    cell: (each) => tier(each.where, each.pinned),
   },
   { title: "Created", of: (each) => each.created, cell: (each) => date(each.created) },
 ];
@@ -58,12 +76,10 @@ function row(adapter) {
   };
 }
 
-const ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
-
 function modules(names) {
   if (!names) return "–";
   if (typeof names === "string") return names;
-  if (ALL.every((each) => names.includes(each))) return "all seven";
+  if (MODULES.every((each) => names.includes(each))) return "all seven";
   return names.map((each) => each.replace("_proj", "")).join(" ");
 }
 
@@ -79,20 +95,12 @@ export function open(place) {
   const told = h("p", { class: "hint", role: "status" });
   const body = h("tbody");
   const heads = COLUMNS.map((column, index) =>
-    h(
-      "th",
-      { scope: "col", class: column.class },
-      h("button", { type: "button", onclick: () => sortBy(index) }, column.title),
-    ),
+    head(h("button", { type: "button", onclick: () => sortBy(index) }, column.title), column.class),
   );
   const back = h("button", { type: "button", onclick: () => turn(-1) }, "‹ Back");
   const on = h("button", { type: "button", onclick: () => turn(1) }, "Next ›");
   const where = h("span", { class: "hint" });
-  const table = h(
-    "div",
-    { class: "scroll", tabindex: "0", role: "region", "aria-label": "Adapters" },
-    h("table", { class: "adapters" }, h("thead", {}, h("tr", {}, heads)), body),
-  );
+  const rows = table("Adapters", heads, body, "adapters");
   const pager = h("div", { class: "row pager" }, back, on, where);
   const list = h("div");
 
@@ -105,7 +113,7 @@ export function open(place) {
   function turn(by) {
     state.page += by;
     draw();
-    table.scrollTop = 0;
+    rows.scrollTop = 0;
   }
 
   /** What is searched for, sorted. */
@@ -123,10 +131,10 @@ export function open(place) {
   function draw() {
     const last = Math.max(0, Math.ceil(state.seen.length / ROWS) - 1);
     state.page = Math.min(Math.max(0, state.page), last);
-    const rows = state.seen.slice(state.page * ROWS, (state.page + 1) * ROWS);
+    const shown = state.seen.slice(state.page * ROWS, (state.page + 1) * ROWS);
     show(
       body,
-      rows.map((each) =>
+      shown.map((each) =>
         h(
           "tr",
           {},
@@ -134,9 +142,9 @@ export function open(place) {
         ),
       ),
     );
-    heads.forEach((head, index) => {
-      if (index === state.sort) head.setAttribute("aria-sort", state.up ? "ascending" : "descending");
-      else head.removeAttribute("aria-sort");
+    heads.forEach((cell, index) => {
+      if (index === state.sort) cell.setAttribute("aria-sort", state.up ? "ascending" : "descending");
+      else cell.removeAttribute("aria-sort");
     });
     back.disabled = state.page === 0;
     on.disabled = state.page === last;
@@ -145,15 +153,7 @@ export function open(place) {
     const all = state.rows.length;
     told.textContent = `${state.seen.length === all ? "" : `${state.seen.length.toLocaleString()} of `}${all.toLocaleString()} adapters${state.whole ? "" : ", loading…"}`;
     if (state.error) show(list, trouble(state.error, "The adapters cannot be listed"));
-    else if (!all && !state.whole)
-      show(
-        list,
-        h(
-          "div",
-          { class: "skeleton", role: "status", "aria-label": "Loading" },
-          [1, 2, 3].map(() => h("div")),
-        ),
-      );
+    else if (!all && !state.whole) show(list, loading(3));
     else if (!all)
       show(
         list,
@@ -163,7 +163,7 @@ export function open(place) {
           "Drop the folder that PEFT's save_pretrained wrote on the field above, and ask it in the playground.",
         ),
       );
-    else if (!rows.length)
+    else if (!shown.length)
       show(
         list,
         notice(
@@ -182,7 +182,7 @@ export function open(place) {
           ),
         ),
       );
-    else if (table.parentNode !== list) show(list, table, pager);
+    else if (rows.parentNode !== list) show(list, rows, pager);
   }
 
   async function load() {
@@ -284,8 +284,7 @@ function entrance(changed) {
     picked.textContent = files.length
       ? `${files.map((file) => file.name).join(", ")} (${bytes(size)})`
       : "Nothing was in there.";
-    const suggested =
-      folderName || (isArchive(files) ? files[0].name.replace(/\.(zip|tar|tgz|tar\.\w+)$/, "") : "");
+    const suggested = folderName || (isArchive(files) ? files[0].name.replace(ARCHIVE, "") : "");
     if (!name.value && suggested) name.value = suggested.toLowerCase().replace(/[^a-z0-9._-]+/g, "-");
     show(outcome);
     if (!name.value) name.focus();
@@ -309,7 +308,7 @@ function entrance(changed) {
   function fetched(one) {
     if (one.bytes_total) bar.value = one.bytes / one.bytes_total;
     else bar.removeAttribute("value");
-    stage.textContent = `${one.state}: ${bytes(one.bytes)}${one.bytes_total ? ` of ${bytes(one.bytes_total)}` : ""}`;
+    stage.textContent = progress(one);
   }
 
   async function work(title, ask, then) {
@@ -368,20 +367,15 @@ function entrance(changed) {
     files = [];
     picked.textContent = "Drop the next one here.";
     changed();
-    const link = `#/adapters/${encodeURIComponent(version.adapter)}`;
     return notice(
       "good",
       `${version.reference} is there`,
       h(
         "span",
         {},
-        h("a", { href: link }, "Look at it"),
+        h("a", { href: pageOf(version.adapter) }, "Look at it"),
         " or ",
-        h(
-          "a",
-          { href: `#/?adapters=base,${encodeURIComponent(version.reference)}` },
-          "ask it beside the base",
-        ),
+        h("a", { href: besideBase(version.reference) }, "ask it beside the base"),
         ".",
       ),
       ...remarks(version.checks),
@@ -458,7 +452,7 @@ export function remarks(checks) {
   );
 }
 
-const isArchive = (files) => files.length === 1 && /\.(zip|tar|tgz|tar\.\w+)$/.test(files[0].name);
+const isArchive = (files) => files.length === 1 && ARCHIVE.test(files[0].name);
 const isTop = (file) => file.webkitRelativePath.split("/").length === 2;
 
 /** The files of what was dropped: of one folder, those in it; or the files themselves. */

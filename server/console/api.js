@@ -49,7 +49,7 @@ export async function call(path, options) {
   return (await ask(path, options)).json();
 }
 
-/** Every item of a list, page by page; `each` is told of the items so far. */
+/** A list, one page of items after the other. */
 export async function* pages(path, limit = 1000) {
   let after = "";
   do {
@@ -79,7 +79,7 @@ async function* events(reply) {
   }
 }
 
-/** Streams a chat: `told({text})` for each piece; returns how it went, times in milliseconds. */
+/** Streams a chat: `told(text)` for each piece; returns how it went, times in milliseconds. */
 export async function chat(body, told, signal) {
   const began = performance.now();
   const asked = { ...body, stream: true, stream_options: { include_usage: true } };

@@ -1,8 +1,9 @@
 // Pictures, in SVG: each says in words what it shows, and has its numbers beside it for who cannot see it.
 
-import { bytes, count, h, percent, s } from "./dom.js";
+import { bytes, count, h, head, percent, s, table, wide } from "./dom.js";
 
-const ORDER = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
+/** The linear layers of a block, in their order. */
+export const MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"];
 
 function figure(caption, picture, ...below) {
   return h("figure", {}, h("figcaption", {}, caption), picture, ...below);
@@ -10,37 +11,21 @@ function figure(caption, picture, ...below) {
 
 /** Columns of numbers for those who cannot see the picture, or want them. */
 function numbers(heads, rows) {
+  const cells = rows.map((row) =>
+    h(
+      "tr",
+      {},
+      row.map((each) => h("td", { class: "number" }, each)),
+    ),
+  );
   return h(
     "details",
     { class: "numbers" },
     h("summary", {}, "Numbers"),
-    h(
-      "div",
-      { class: "scroll", tabindex: "0", role: "region", "aria-label": "Numbers" },
-      h(
-        "table",
-        {},
-        h(
-          "thead",
-          {},
-          h(
-            "tr",
-            {},
-            heads.map((each) => h("th", { scope: "col" }, each)),
-          ),
-        ),
-        h(
-          "tbody",
-          {},
-          rows.map((row) =>
-            h(
-              "tr",
-              {},
-              row.map((each) => h("td", { class: "number" }, each)),
-            ),
-          ),
-        ),
-      ),
+    table(
+      "Numbers",
+      heads.map((each) => head(each)),
+      h("tbody", {}, cells),
     ),
   );
 }
@@ -56,7 +41,7 @@ export function heat(layers) {
     return { ...layer, number: Number(number), kind: module };
   });
   const kinds = [...new Set(places.map((each) => each.kind))].sort(
-    (one, other) => ORDER.indexOf(one) - ORDER.indexOf(other),
+    (one, other) => MODULES.indexOf(one) - MODULES.indexOf(other),
   );
   const last = Math.max(...places.map((each) => each.number));
   const most = Math.max(...places.map((each) => each.norm)) || 1;
@@ -98,7 +83,7 @@ export function heat(layers) {
   );
   return figure(
     "‖ΔW‖ by layer and module",
-    h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": "Heat map" }, picture),
+    wide("Heat map", picture),
     readout,
     numbers(
       ["module", "‖ΔW‖", "rank", "rank of 99 %"],

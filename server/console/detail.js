@@ -3,18 +3,32 @@
 import { call } from "./api.js";
 import { remarks } from "./adapters.js";
 import { bars, curve, heat, share } from "./charts.js";
-import { attempt, bytes, confirmed, count, date, h, notice, plural, show, toast, trouble } from "./dom.js";
+import {
+  attempt,
+  besideBase,
+  bytes,
+  confirmed,
+  count,
+  date,
+  h,
+  head,
+  loading,
+  notice,
+  plural,
+  progress,
+  show,
+  table,
+  tier,
+  toast,
+  trouble,
+} from "./dom.js";
 
 const AGAIN_MS = 3000;
 
 export function open(place, name) {
   const path = `/v1/adapters/${encodeURIComponent(name)}`;
   const state = { gone: false, version: null, shown: "" };
-  show(
-    place,
-    h("h1", {}, name),
-    h("div", { class: "skeleton", role: "status", "aria-label": "Loading" }, h("div"), h("div")),
-  );
+  show(place, h("h1", {}, name), loading(2));
 
   async function load() {
     try {
@@ -40,16 +54,20 @@ export function open(place, name) {
     }
   }
 
-  async function act(verb, work) {
-    if ((await attempt(async () => (await work()) ?? true)) === undefined) return;
+  async function act(verb, work, then = load) {
+    if (!(await attempt(work))) return;
     toast(verb);
-    await load();
+    then();
   }
 
   const post = (what) => () =>
     call(`/v1/adapters/${encodeURIComponent(`${name}@${state.version}`)}/${what}`, { method: "POST" });
 
-  async function remove(what, where, leaving) {
+  const leave = () => {
+    location.hash = "#/adapters";
+  };
+
+  async function remove(what, where, then) {
     if (
       !(await confirmed(
         `Delete ${what}?`,
@@ -58,10 +76,7 @@ export function open(place, name) {
       ))
     )
       return;
-    await act(`${what} is deleted`, async () => {
-      await call(where, { method: "DELETE" });
-      if (leaving) location.hash = "#/adapters";
-    });
+    await act(`${what} is deleted`, () => call(where, { method: "DELETE" }), then);
   }
 
   function draw(adapter, alive, version) {
@@ -71,11 +86,7 @@ export function open(place, name) {
       .map((each) =>
         each.error
           ? trouble(each.error, `The import from ${each.source} failed`)
-          : notice(
-              "",
-              `Importing from ${each.source}`,
-              `${each.state}: ${bytes(each.bytes)}${each.bytes_total ? ` of ${bytes(each.bytes_total)}` : ""}`,
-            ),
+          : notice("", `Importing from ${each.source}`, progress(each)),
       );
     if (!version)
       return show(
@@ -90,13 +101,9 @@ export function open(place, name) {
         "div",
         { class: "row title" },
         h("h1", {}, name),
-        h("span", { class: `tier ${version.residency}` }, version.residency, version.pinned && " 📌"),
+        tier(version.residency, version.pinned),
         h("span", { class: "grow" }),
-        h(
-          "a",
-          { class: "button primary", href: `#/?adapters=base,${encodeURIComponent(version.reference)}` },
-          "Compare with the base",
-        ),
+        h("a", { class: "button primary", href: besideBase(version.reference) }, "Compare with the base"),
         version.residency === "disk"
           ? h("button", { type: "button", onclick: () => act("It is loaded", post("load")) }, "Load")
           : h("button", { type: "button", onclick: () => act("It is unloaded", post("unload")) }, "Unload"),
@@ -107,7 +114,7 @@ export function open(place, name) {
               "Unpin",
             )
           : h("button", { type: "button", onclick: () => act("It stays loaded", post("pin")) }, "Pin"),
-        h("button", { type: "button", class: "danger", onclick: () => remove(name, path, true) }, "Delete"),
+        h("button", { type: "button", class: "danger", onclick: () => remove(name, path, leave) }, "Delete"),
       ),
       imports,
       version.reason && notice("error", "It is not served", version.reason),
@@ -156,14 +163,10 @@ export function open(place, name) {
       autocomplete: "off",
       spellcheck: "false",
     });
-    const number = h(
-      "select",
-      { id: "new-alias-version", "aria-label": "Version" },
-      alive
-        .filter((each) => each.state === "ready")
-        .map((each) => h("option", { value: each.version }, each.version))
-        .reverse(),
-    );
+    const ready = alive.filter((each) => each.state === "ready").map((each) => each.version);
+    const options = (chosen) =>
+      ready.map((each) => h("option", { value: each, selected: each === chosen }, each));
+    const number = h("select", { id: "new-alias-version", "aria-label": "Version" }, options(null).reverse());
     const set = (which, to) => () =>
       call(`${path}/aliases/${encodeURIComponent(which)}`, { method: "PUT", json: { version: Number(to) } });
     const rows = Object.entries(adapter.aliases).map(([which, to]) =>
@@ -185,11 +188,7 @@ export function open(place, name) {
                     onchange: (event) =>
                       act(`${which} points to ${event.target.value}`, set(which, event.target.value)),
                   },
-                  alive
-                    .filter((each) => each.state === "ready")
-                    .map((each) =>
-                      h("option", { value: each.version, selected: each.version === to }, each.version),
-                    ),
+                  options(to),
                 ),
               ),
               h(
@@ -277,7 +276,7 @@ export function open(place, name) {
         h("td", {}, each.state),
         h("td", {}, `${each.rank}`),
         h("td", { class: "number" }, bytes(each.bytes)),
-        h("td", {}, h("span", { class: `tier ${each.residency}` }, each.residency)),
+        h("td", {}, tier(each.residency)),
         h("td", {}, date(each.created)),
         h("td", {}, each.source),
         h(
@@ -300,25 +299,12 @@ export function open(place, name) {
       "section",
       { class: "card" },
       h("h2", {}, "Versions"),
-      h(
-        "div",
-        { class: "scroll", tabindex: "0", role: "region", "aria-label": "Versions" },
-        h(
-          "table",
-          {},
-          h(
-            "thead",
-            {},
-            h(
-              "tr",
-              {},
-              ["Version", "State", "Rank", "Size", "Where", "Created", "From", ""].map((each) =>
-                h("th", { scope: "col" }, each || h("span", { class: "hidden" }, "Actions")),
-              ),
-            ),
-          ),
-          h("tbody", {}, rows),
+      table(
+        "Versions",
+        ["Version", "State", "Rank", "Size", "Where", "Created", "From", ""].map((each) =>
+          head(each || h("span", { class: "hidden" }, "Actions")),
         ),
+        h("tbody", {}, rows),
       ),
     );
   }

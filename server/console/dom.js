@@ -29,6 +29,34 @@ export function show(place, ...children) {
   place.replaceChildren(...children.flat(Infinity).filter(Boolean));
 }
 
+/** What shows that something is on its way. */
+export function loading(rows) {
+  return h(
+    "div",
+    { class: "skeleton", role: "status", "aria-label": "Loading" },
+    Array.from({ length: rows }, () => h("div")),
+  );
+}
+
+/** Something that may be too wide: it scrolls by itself, by keyboard too. */
+export function wide(label, ...children) {
+  return h("div", { class: "scroll", tabindex: "0", role: "region", "aria-label": label }, children);
+}
+
+/** A table in one; `heads` are the cells of its head. */
+export function table(label, heads, body, kind) {
+  return wide(label, h("table", { class: kind }, h("thead", {}, h("tr", {}, heads)), body));
+}
+
+export const head = (content, kind) => h("th", { scope: "col", class: kind }, content);
+
+/** Where a version is: disk, loading, host, slot; or quarantined. */
+export const tier = (where, pinned) => h("span", { class: `tier ${where}` }, where, pinned && " 📌");
+
+/** Addresses: an adapter's page, and the playground with a reference beside the base. */
+export const pageOf = (name) => `#/adapters/${encodeURIComponent(name)}`;
+export const besideBase = (reference) => `#/?adapters=base,${encodeURIComponent(reference)}`;
+
 /** What is shown instead of a page or part that has nothing to show. */
 export function notice(kind, title, ...text) {
   return h(
@@ -75,12 +103,14 @@ export function toast(text, kind = "") {
   setTimeout(() => line.remove(), 6000);
 }
 
-/** Runs `work`; an error of the API is told in a toast. */
+/** Runs `work`, and returns whether it went well; an error of the API is told in a toast. */
 export async function attempt(work) {
   try {
-    return await work();
+    await work();
+    return true;
   } catch (error) {
-    if (error.name !== "AbortError") toast(error.message, "error");
+    toast(error.message, "error");
+    return false;
   }
 }
 
@@ -136,6 +166,10 @@ export const date = (epoch) =>
   epoch ? new Date(epoch * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" }) : "–";
 export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;
 
+/** How far an import has come. */
+export const progress = (one) =>
+  `${one.state}: ${bytes(one.bytes)}${one.bytes_total ? ` of ${bytes(one.bytes_total)}` : ""}`;
+
 const HUES = [174, 32, 239, 330, 90, 205, 275, 0, 55, 145];
 
 /** A colour that is always the same adapter's; the base is grey. */
@@ -143,5 +177,6 @@ export function colour(name, base) {
   if (name === base) return "var(--muted)";
   let hash = 7;
   for (const character of name) hash = (hash * 31 + character.codePointAt(0)) >>> 0;
-  return `hsl(${HUES[hash % HUES.length]} 60% var(--series))`;
+  const hue = HUES[hash % HUES.length];
+  return `light-dark(hsl(${hue} 60% 38%), hsl(${hue} 60% 66%))`;
 }

@@ -2,7 +2,7 @@
 
 import { call } from "./api.js";
 import { lines } from "./charts.js";
-import { bytes, colour, h, show, time, trouble } from "./dom.js";
+import { bytes, colour, h, head, loading, pageOf, show, table, tier, time, trouble } from "./dom.js";
 
 const EACH_MS = 1000;
 const SPAN_S = 300;
@@ -44,33 +44,15 @@ export function open(place) {
       "section",
       { class: "card" },
       h("h2", {}, "By adapter, in the last minute"),
-      h(
-        "div",
-        { class: "scroll", tabindex: "0", role: "region", "aria-label": "By adapter" },
-        h(
-          "table",
-          {},
-          h(
-            "thead",
-            {},
-            h(
-              "tr",
-              {},
-              HEADS.map((each, index) => h("th", { scope: "col", class: index > 1 ? "number" : null }, each)),
-            ),
-          ),
-          parts.rows,
-        ),
+      table(
+        "By adapter",
+        HEADS.map((each, index) => head(each, index > 1 ? "number" : null)),
+        parts.rows,
       ),
     ),
     h("section", { class: "card" }, h("h2", {}, "As it happens"), parts.events),
   ];
-  show(
-    place,
-    h("h1", {}, "Live"),
-    parts.error,
-    h("div", { class: "skeleton", role: "status", "aria-label": "Loading" }, h("div"), h("div")),
-  );
+  show(place, h("h1", {}, "Live"), parts.error, loading(2));
   let begun = false;
 
   async function look() {
@@ -124,7 +106,7 @@ export function open(place) {
     );
     map(now);
     charts(now);
-    table(now);
+    byAdapter(now);
     show(
       parts.events,
       state.events.length
@@ -146,9 +128,7 @@ export function open(place) {
           title: about,
           style: { borderColor: colour(name.split("@")[0], now.base) },
         },
-        each.reference
-          ? h("a", { href: `#/adapters/${encodeURIComponent(name.split("@")[0])}` }, name)
-          : h("span", {}, name),
+        each.reference ? h("a", { href: pageOf(name.split("@")[0]) }, name) : h("span", {}, name),
         h(
           "span",
           { class: "small" },
@@ -205,7 +185,7 @@ export function open(place) {
     );
   }
 
-  function table(now) {
+  function byAdapter(now) {
     const most = Math.max(1, ...now.adapters.map((each) => each.waiting));
     const rows = now.adapters.map((each) =>
       h(
@@ -214,15 +194,9 @@ export function open(place) {
         h(
           "td",
           { class: "name" },
-          each.adapter === now.base
-            ? each.adapter
-            : h("a", { href: `#/adapters/${encodeURIComponent(each.adapter)}` }, each.adapter),
+          each.adapter === now.base ? each.adapter : h("a", { href: pageOf(each.adapter) }, each.adapter),
         ),
-        h(
-          "td",
-          {},
-          each.residency ? h("span", { class: `tier ${each.residency}` }, each.residency) : "the base",
-        ),
+        h("td", {}, each.residency ? tier(each.residency) : "the base"),
         h("td", { class: "number" }, each.running),
         h(
           "td",

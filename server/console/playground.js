@@ -1,12 +1,13 @@
 // One prompt, the base and up to three adapters side by side.
 
 import { call, chat } from "./api.js";
-import { copy, h, notice, show, time, trouble } from "./dom.js";
+import { copy, h, show, time, trouble } from "./dom.js";
 
 const MOST = 4; // that answer side by side
 const KEPT = 50; // prompts of the history
 const HISTORY = "loraplex.history";
 const SHOWN = 100; // names that are offered
+const ADD = "add an adapter: sql, sql@2, sql@prod";
 const SHORT_S = 0.05; // no speed is told of a shorter stream
 
 export function open(place, query) {
@@ -33,7 +34,7 @@ export function open(place, query) {
   const adding = h("input", {
     id: "adding",
     list: "names",
-    placeholder: "add an adapter: sql, sql@2, sql@prod",
+    placeholder: ADD,
     autocomplete: "off",
     spellcheck: "false",
   });
@@ -62,7 +63,7 @@ export function open(place, query) {
       ),
     );
     adding.disabled = state.models.length >= MOST;
-    adding.placeholder = adding.disabled ? `no more than ${MOST}` : "add an adapter: sql, sql@2, sql@prod";
+    adding.placeholder = adding.disabled ? `no more than ${MOST}` : ADD;
     if (!state.stop)
       show(
         columns,
@@ -251,23 +252,14 @@ function column(model, body) {
   async function run(signal) {
     const wait = h("p", { class: "hint" }, "waiting…");
     show(text, wait);
+    const kinds = [
+      ["Copy", () => copy(text.textContent, `the answer of ${model}`)],
+      ["curl", () => copy(asCurl(body), "the request as curl")],
+      ["Python", () => copy(asPython(body), "the request as Python")],
+    ];
     show(
       tools,
-      h(
-        "button",
-        { type: "button", class: "quiet", onclick: () => copy(text.textContent, `the answer of ${model}`) },
-        "Copy",
-      ),
-      h(
-        "button",
-        { type: "button", class: "quiet", onclick: () => copy(asCurl(body), "the request as curl") },
-        "curl",
-      ),
-      h(
-        "button",
-        { type: "button", class: "quiet", onclick: () => copy(asPython(body), "the request as Python") },
-        "Python",
-      ),
+      kinds.map(([name, onclick]) => h("button", { type: "button", class: "quiet", onclick }, name)),
     );
     text.setAttribute("aria-busy", "true");
     try {

@@ -1,5 +1,6 @@
 """The HTTP app over the fake engine, on a real port."""
 
+import json
 import socket
 import threading
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ import pytest
 import uvicorn
 from fastapi import FastAPI
 
+from adapters.folder import CONFIG
 from server import app
 from server.config import Settings
 from server.gateway import Gateway
@@ -122,6 +124,12 @@ def upload(client: httpx.Client, name: str, folder: Path, **fields: str) -> http
         if file.suffix in (".json", ".safetensors")
     ]
     return client.post("/v1/adapters", data={"name": name, **fields}, files=files)
+
+
+def reconfigure(folder: Path, **changes: Any) -> None:
+    """Has an adapter's config say something else."""
+    path = folder / CONFIG
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
 def cool(client: httpx.Client) -> None:

@@ -1,7 +1,6 @@
 """Uploads that are taken, uploads that are refused, and what stays when the server does not."""
 
 import io
-import json
 import shutil
 import tarfile
 import zipfile
@@ -15,7 +14,7 @@ import zstandard
 from safetensors.torch import load_file, save_file
 
 from tests.conftest import MakeAdapter
-from tests.http.conftest import Running, serve, settings, upload
+from tests.http.conftest import Running, reconfigure, serve, settings, upload
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -113,11 +112,7 @@ Bend = Any
 
 
 def _config(**changes: Any) -> Bend:
-    def bend(folder: Path) -> None:
-        path = folder / CONFIG
-        path.write_text(json.dumps(json.loads(path.read_text()) | changes))
-
-    return bend
+    return lambda folder: reconfigure(folder, **changes)
 
 
 def _weights(change: Any) -> Bend:

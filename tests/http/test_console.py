@@ -1,6 +1,6 @@
 """The console in a browser, over the fake engine: keys, many adapters, all pages for everybody."""
 
-import json
+import shutil
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,11 +11,10 @@ import sqlalchemy as sa
 from playwright.sync_api import Browser, expect
 
 from adapters import registry
-from adapters.folder import CONFIG
 from server.routes.console import FOLDER
 from tests.browser import NARROW, NEEDED, WIDE, chromium, fits, is_accessible, page, picture
 from tests.conftest import MakeAdapter, with_base
-from tests.http.conftest import Running, serve, settings, upload
+from tests.http.conftest import Running, reconfigure, serve, settings, upload
 
 pytestmark = NEEDED
 
@@ -133,11 +132,9 @@ def test_what_strangers_wrote_is_text(
     tmp_path: Path,
 ) -> None:
     wrote = "<img src=/console/icon.svg onerror=alert(1) onload=alert(1)>"
-    for file in make_adapter(6).iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((tmp_path / CONFIG).read_text())
-    (tmp_path / CONFIG).write_text(json.dumps(config | {"base_model_name_or_path": wrote}))
-    assert upload(http, "hostile", tmp_path).status_code == 201
+    folder = Path(shutil.copytree(make_adapter(6), tmp_path / "hostile"))
+    reconfigure(folder, base_model_name_or_path=wrote)
+    assert upload(http, "hostile", folder).status_code == 201
     with page(browser, running.url) as shown:
         shown.on("dialog", lambda dialog: pytest.fail("it ran"))
         shown.goto("/#/adapters/hostile")

@@ -1,6 +1,6 @@
 """The console in a browser, against the real server: what somebody does who has a new adapter."""
 
-import json
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,9 +9,10 @@ import pytest
 from playwright.sync_api import Browser, Page, expect
 
 from adapters.demo import WEIGHTS
-from adapters.folder import CONFIG, FILES
+from adapters.folder import FILES
 from tests.browser import NEEDED, chromium, is_accessible, page, picture
 from tests.conftest import MakeAdapter
+from tests.http.conftest import reconfigure
 from tests.real.conftest import Server
 
 pytestmark = NEEDED
@@ -101,11 +102,9 @@ def test_an_alias_moves_and_what_an_adapter_changed_is_drawn(
 
 
 def test_a_refusal_says_everything(shown: Page, make_adapter: MakeAdapter, tmp_path: Path) -> None:
-    for file in make_adapter(4).iterdir():
-        (tmp_path / file.name).write_bytes(file.read_bytes())
-    config = json.loads((tmp_path / CONFIG).read_text())
-    (tmp_path / CONFIG).write_text(json.dumps(config | {"r": 128, "use_dora": True}))
-    upload(shown, tmp_path, "refused")
+    folder = Path(shutil.copytree(make_adapter(4), tmp_path / "refused"))
+    reconfigure(folder, r=128, use_dora=True)
+    upload(shown, folder, "refused")
     problems = shown.locator(".problems li")
     expect(problems.filter(has_text="use_dora")).to_contain_text("Train it with use_dora=False.")
     expect(problems.filter(has_text="rank_above_max")).to_be_visible()
