@@ -50,12 +50,13 @@ export function heat(layers) {
   const tell = (each) => () => {
     readout.textContent = `layer ${each.number}, ${each.kind}: ‖ΔW‖ ${each.norm.toPrecision(3)}, rank ${each.rank}, 99 % of it in ${each.rank_99}`;
   };
-  const width = left + (last + 1) * cell;
+  const [width, tall] = [left + (last + 1) * cell, top + kinds.length * high + 4];
   const picture = s(
     "svg",
     {
-      viewBox: `0 0 ${width} ${top + kinds.length * high + 4}`,
-      class: "heat",
+      viewBox: `0 0 ${width} ${tall}`,
+      // Who has many layers scrolls: smaller, no label could be read.
+      style: { minWidth: `${width}px`, maxWidth: `${1.4 * width}px` },
       role: "img",
       "aria-label": `‖ΔW‖ of ${places.length} modules in ${last + 1} layers, at most ${most.toPrecision(3)}, in ${largest(places)}`,
     },
@@ -99,7 +100,7 @@ function largest(places) {
 
 /** How much of ‖ΔW‖² the largest directions of each layer keep. */
 export function curve(energy, rank99) {
-  const [width, high, left, bottom] = [420, 210, 44, 30];
+  const [width, high, left, bottom] = [340, 180, 44, 30];
   const x = (k) => left + ((width - left - 12) * (k - 1)) / Math.max(1, energy.length - 1);
   const y = (share) => 10 + (high - bottom - 10) * (1 - share);
   const points = energy.map((share, index) => `${x(index + 1)},${y(share)}`).join(" ");
@@ -168,43 +169,31 @@ export function share(algebra) {
 
 /** Requests by hour in the last day. */
 export function bars(hours) {
-  const [width, high, bottom] = [720, 120, 22];
   const now = Math.floor(Date.now() / 3600000) * 3600;
-  const by = new Map(hours.map((each) => [each.hour, each]));
-  const most = Math.max(...hours.map((each) => each.requests));
+  const by = new Map(hours.map((each) => [each.hour, each.requests]));
+  const most = Math.max(...by.values());
   const slots = Array.from({ length: 25 }, (_, index) => now - (24 - index) * 3600);
-  const step = width / slots.length;
   const label = (hour) =>
     new Date(hour * 1000).toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" });
   return figure(
     `Requests by hour, at most ${count(most)}`,
-    s(
-      "svg",
-      {
-        viewBox: `0 0 ${width} ${high}`,
-        role: "img",
-        "aria-label": `Requests by hour; the most in one hour is ${most}`,
-      },
-      s("line", { x1: 0, x2: width, y1: high - bottom, y2: high - bottom, class: "grid" }),
-      slots.map((hour, index) => {
-        const tall = ((by.get(hour)?.requests || 0) / most) * (high - bottom - 6);
-        return [
-          s(
-            "rect",
-            {
-              x: index * step + 2,
-              y: high - bottom - tall,
-              width: step - 4,
-              height: tall,
-              rx: 2,
-              class: "column",
-            },
-            s("title", {}, `${label(hour)}: ${by.get(hour)?.requests || 0}`),
-          ),
-          index % 6 === 0 &&
-            s("text", { x: index * step + step / 2, y: high - 6, "text-anchor": "middle" }, label(hour)),
-        ];
+    h(
+      "div",
+      { class: "hours", role: "img", "aria-label": `Requests by hour; the most in one hour is ${most}` },
+      slots.map((hour) => {
+        const requests = by.get(hour) || 0;
+        const style = { height: `${(100 * requests) / most}%` };
+        return h("span", { title: `${label(hour)}: ${requests}` }, h("span", { class: "bar part", style }));
       }),
+    ),
+    h(
+      "div",
+      { class: "row hint", "aria-hidden": "true" },
+      h("span", {}, label(slots[0])),
+      h("span", { class: "grow" }),
+      h("span", {}, label(slots[12])),
+      h("span", { class: "grow" }),
+      h("span", {}, label(now)),
     ),
     numbers(
       ["hour", "requests", "tokens asked", "tokens answered"],
@@ -215,7 +204,7 @@ export function bars(hours) {
 
 /** Lines over the last minutes: `series` are {name, colour, values}, null where there is nothing. */
 export function lines(title, series, step, say) {
-  const [width, high, left, bottom] = [460, 170, 52, 22];
+  const [width, high, left, bottom] = [340, 150, 52, 22];
   const length = Math.max(2, ...series.map((each) => each.values.length));
   const known = series.flatMap((each) => each.values).filter((each) => each !== null);
   const most = ceiling(Math.max(...known, 0));

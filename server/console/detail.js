@@ -302,7 +302,7 @@ export function open(place, name) {
       table(
         "Versions",
         ["Version", "State", "Rank", "Size", "Where", "Created", "From", ""].map((each) =>
-          head(each || h("span", { class: "hidden" }, "Actions")),
+          head(each || h("span", { class: "hidden" }, "Actions"), each === "Size" && "number"),
         ),
         h("tbody", {}, rows),
       ),

@@ -169,14 +169,3 @@ export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} 
 /** How far an import has come. */
 export const progress = (one) =>
   `${one.state}: ${bytes(one.bytes)}${one.bytes_total ? ` of ${bytes(one.bytes_total)}` : ""}`;
-
-const HUES = [174, 32, 239, 330, 90, 205, 275, 0, 55, 145];
-
-/** A colour that is always the same adapter's; the base is grey. */
-export function colour(name, base) {
-  if (name === base) return "var(--muted)";
-  let hash = 7;
-  for (const character of name) hash = (hash * 31 + character.codePointAt(0)) >>> 0;
-  const hue = HUES[hash % HUES.length];
-  return `light-dark(hsl(${hue} 60% 38%), hsl(${hue} 60% 66%))`;
-}

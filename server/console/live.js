@@ -2,11 +2,15 @@
 
 import { call } from "./api.js";
 import { lines } from "./charts.js";
-import { bytes, colour, h, head, loading, pageOf, show, table, tier, time, trouble } from "./dom.js";
+import { bytes, h, head, loading, pageOf, show, table, tier, time, trouble } from "./dom.js";
 
 const EACH_MS = 1000;
 const SPAN_S = 300;
-const DRAWN = 6; // adapters with a line of their own
+// Those with a line of their own have one of these each.
+const COLOURS = [174, 32, 265, 330, 90, 215].map(
+  (hue) => `light-dark(hsl(${hue} 65% 36%), hsl(${hue} 60% 66%))`,
+);
+const OTHER = "var(--muted)"; // the base's, and everybody else's
 const TOLD = 100; // events
 const HEADS = [
   "Adapter",
@@ -23,7 +27,15 @@ const HEADS = [
 ];
 
 export function open(place) {
-  const state = { history: new Map(), events: [], places: [], since: 0, gone: false, timer: null };
+  const state = {
+    history: new Map(),
+    events: [],
+    places: [],
+    colours: new Map(),
+    since: 0,
+    gone: false,
+    timer: null,
+  };
   const parts = {
     tiles: h("div", { class: "tiles" }),
     about: h("p", { class: "hint" }),
@@ -46,7 +58,7 @@ export function open(place) {
       h("h2", {}, "By adapter, in the last minute"),
       table(
         "By adapter",
-        HEADS.map((each, index) => head(each, index > 1 ? "number" : null)),
+        HEADS.map((each, index) => head(each, index > 1 && "number")),
         parts.rows,
       ),
     ),
@@ -79,6 +91,7 @@ export function open(place) {
     // The last interval was not over: it is asked for again.
     state.since = now.now;
     state.places = seats(state.places, now.resident, now.places);
+    state.colours = colours(state.colours, now);
   }
 
   function draw(now) {
@@ -126,7 +139,7 @@ export function open(place) {
         {
           class: `seat ${each.residency}`,
           title: about,
-          style: { borderColor: colour(name.split("@")[0], now.base) },
+          style: { borderColor: state.colours.get(name.split("@")[0]) || OTHER },
         },
         each.reference ? h("a", { href: pageOf(name.split("@")[0]) }, name) : h("span", {}, name),
         h(
@@ -141,7 +154,7 @@ export function open(place) {
   }
 
   function charts(now) {
-    const names = now.adapters.slice(0, DRAWN).map((each) => each.adapter);
+    const names = [...state.colours.keys()];
     const newest = Math.floor(now.now / now.interval_s) * now.interval_s;
     const times = Array.from(
       { length: SPAN_S / now.interval_s },
@@ -150,7 +163,7 @@ export function open(place) {
     const series = (of, none) =>
       names.map((name) => ({
         name,
-        colour: colour(name, now.base),
+        colour: state.colours.get(name),
         values: times.map((at) => {
           const work = state.history.get(at)?.[name];
           return work ? of(work) : none;
@@ -159,7 +172,7 @@ export function open(place) {
     show(
       parts.legend,
       names.map((name) =>
-        h("li", {}, h("span", { class: "swatch", style: { background: colour(name, now.base) } }), name),
+        h("li", {}, h("span", { class: "swatch", style: { background: state.colours.get(name) } }), name),
       ),
     );
     show(
@@ -200,9 +213,9 @@ export function open(place) {
         h("td", { class: "number" }, each.running),
         h(
           "td",
-          { class: "queue" },
-          h("span", { class: "bar", style: { width: `${(70 * each.waiting) / most}%` } }),
-          h("span", {}, each.waiting),
+          { class: "number queue" },
+          h("span", { class: "bar", style: { width: `${each.waiting / most}em` } }),
+          each.waiting,
         ),
         h("td", { class: "number" }, each.tokens_per_s.toFixed(1)),
         h("td", { class: "number" }, each.requests),
@@ -255,6 +268,16 @@ function event({ at, event: what, reference, seconds }) {
 
 /** What tells one that is there from another: those that the key may not see have no digest. */
 const id = (each, index) => each.digest || `hidden ${index}`;
+
+/** The colours of the busiest, the base beside them: who stays among them keeps theirs. */
+function colours(before, now) {
+  const drawn = now.adapters.slice(0, COLOURS.length).map((each) => each.adapter);
+  const kept = drawn.map((name) => before.get(name));
+  const free = COLOURS.filter((each) => !kept.includes(each));
+  return new Map(
+    drawn.map((name, index) => [name, name === now.base ? OTHER : (kept[index] ?? free.shift())]),
+  );
+}
 
 /** Who has which place: who stays keeps theirs, so that the map does not jump. */
 function seats(before, resident, places) {

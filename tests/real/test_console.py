@@ -11,12 +11,13 @@ from playwright.sync_api import Browser, Page, expect
 from adapters.demo import WEIGHTS
 from adapters.folder import FILES
 from tests.browser import NEEDED, chromium, is_accessible, page, picture
-from tests.conftest import MakeAdapter
+from tests.conftest import MakeAdapter, with_base
 from tests.http.conftest import reconfigure
 from tests.real.conftest import Server
 
 pytestmark = NEEDED
 
+ADMIN_KEY = "the-operators-own-key"
 QUESTION = (
     "Write one SQLite query that answers the question. Reply with the query only.\n\n"
     "CREATE TABLE readers (id INTEGER, name TEXT, city TEXT, loans INTEGER)\n\n"
@@ -34,6 +35,17 @@ def browser() -> Iterator[Browser]:
 def shown(browser: Browser, server: Server) -> Iterator[Page]:
     with page(browser, server.url) as opened:
         yield opened
+
+
+@pytest.fixture
+def guarded(base_folder: Path, tmp_path: Path) -> Iterator[Server]:
+    """A server that wants keys."""
+    server = Server(with_base(tmp_path / "home", base_folder), LORAPLEX_ADMIN_KEY=ADMIN_KEY)
+    try:
+        server.start()
+        yield server
+    finally:
+        server.end()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -123,3 +135,30 @@ def test_deleting_asks_first(shown: Page, http: httpx.Client) -> None:
     shown.click("#confirm-yes")
     expect(shown.locator("h1")).to_have_text("Adapters")
     assert http.get("/v1/adapters/tried").status_code == 404
+
+
+def test_a_key_may_do_what_it_may(
+    browser: Browser, guarded: Server, make_adapter: MakeAdapter
+) -> None:
+    asked = {"name": "one team", "scopes": ["infer", "adapters:read"], "adapters": ["sql"]}
+    bearer = {"authorization": f"Bearer {ADMIN_KEY}"}
+    made = httpx.post(f"{guarded.url}/v1/keys", json=asked, headers=bearer).json()
+    with page(browser, guarded.url) as shown:
+        shown.goto("/#/adapters")
+        expect(shown.locator("#ask-key-why")).to_contain_text("wants an API key")
+        shown.fill("#ask-key-value", made["key"])
+        shown.click("text=Use this key")
+        expect(shown.locator("td.name")).to_have_text(["sql"])
+        upload(shown, make_adapter(4), "mine")
+        expect(shown.locator(".entrance .notice.error")).to_contain_text("adapters:write")
+        picture(shown, "too-few-rights-real")
+        shown.goto("/#/?adapters=sql,code")
+        shown.fill("#prompt", QUESTION)
+        shown.fill("#most", "20")
+        shown.click("button:has-text('Ask')")
+        expect(shown.locator("main button.primary")).to_have_text("Ask")
+        expect(shown.locator(".answer").first).to_contain_text("SELECT")
+        expect(shown.locator(".answer").last).to_contain_text("code did not answer")
+        expect(shown.locator(".answer").last).to_contain_text("no adapter")
+    listed = httpx.get(f"{guarded.url}/v1/adapters", headers=bearer).json()["data"]
+    assert [each["name"] for each in listed] == ["code", "poetry", "sql"]
