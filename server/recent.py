@@ -90,6 +90,7 @@ class Recent:
 
     def __init__(self, clock: Callable[[], float] = time.time) -> None:
         self._clock = clock
+        self._began = clock()
         self._intervals: deque[Interval] = deque(maxlen=KEPT)
         self.events: deque[Event] = deque(maxlen=EVENTS)
 
@@ -117,8 +118,17 @@ class Recent:
         """The intervals that ended after `at`, oldest first; the last one is not over yet."""
         return [each for each in self._intervals if each.at + INTERVAL_S > at]
 
+    def looks_back(self, seconds: float) -> float:
+        """How many seconds `tokens` and `within` look back, asked for so many.
+
+        Up to an interval more, to where one began; no further than there has been anything to see.
+        """
+        now = self._clock()
+        begin = (now - seconds) // INTERVAL_S * INTERVAL_S
+        return max(1.0, now - max(begin, self._began))
+
     def tokens(self, seconds: float) -> Counter[str]:
-        """Tokens of replies by adapter in the last `seconds`, up to an interval more."""
+        """Tokens of replies by adapter in the last `seconds`; see looks_back."""
         total: Counter[str] = Counter()
         for interval in self.since(self._clock() - seconds):
             for adapter, work in interval.work.items():
@@ -126,7 +136,7 @@ class Recent:
         return total
 
     def within(self, seconds: float, adapter: str) -> Work:
-        """All that was done for one adapter in that time."""
+        """All that was done for one adapter in that time; see looks_back."""
         total = Work()
         for interval in self.since(self._clock() - seconds):
             if (work := interval.work.get(adapter)) is not None:

@@ -1,6 +1,6 @@
 // All adapters in a table, and the way in for new ones.
 
-import { pages, bring, upload } from "./api.js";
+import { ApiError, bring, pages, upload } from "./api.js";
 import { MODULES } from "./charts.js";
 import {
   besideBase,
@@ -13,16 +13,20 @@ import {
   notice,
   pageOf,
   percent,
+  plural,
   progress,
   show,
   table,
   tier,
+  toast,
   trouble,
 } from "./dom.js";
 
 const ROWS = 100; // on one page of the table
 const WAIT_MS = 120; // after a key, until the table is searched
-const ARCHIVE = /\.(zip|tar|tgz|tar\.\w+)$/;
+const ARCHIVE = /\.(zip|tar|tgz|tar\.\w+)$/i;
+const PART = /^adapter_(config\.json|model\..+)$/; // of a folder; a checkpoint has more, and large
+const DROP = "Drop an adapter here: its folder, its files, or an archive.";
 
 const COLUMNS = [
   {
@@ -32,7 +36,12 @@ const COLUMNS = [
     class: "name",
   },
   { title: "Version", of: (each) => each.number, cell: (each) => each.number ?? "–", class: "number" },
-  { title: "Aliases", of: (each) => each.aliases, cell: (each) => each.aliases || "–" },
+  {
+    title: "Aliases",
+    of: (each) => each.aliases,
+    cell: (each) => each.aliases || "–",
+    class: "aliases",
+  },
   { title: "Rank", of: (each) => each.rank, cell: (each) => each.rank ?? "–", class: "number" },
   { title: "α", of: (each) => each.alpha, cell: (each) => each.alpha ?? "–", class: "number" },
   { title: "Modules", of: (each) => each.modules, cell: (each) => each.modules },
@@ -48,7 +57,7 @@ const COLUMNS = [
     of: (each) => each.where,
     cell: (each) => tier(each.where, each.pinned),
   },
-  { title: "Created", of: (each) => each.created, cell: (each) => date(each.created) },
+  { title: "Created", of: (each) => each.created, cell: (each) => date(each.created), class: "when" },
 ];
 
 /** What a row shows, of an adapter's newest version that can be served. */
@@ -83,11 +92,22 @@ function modules(names) {
   return names.map((each) => each.replace("_proj", "")).join(" ");
 }
 
-export function open(place) {
-  const state = { rows: [], seen: [], sort: 0, up: true, page: 0, whole: false, error: null, gone: false };
+export function open(place, query) {
+  const sorted = COLUMNS.findIndex((column) => column.title.toLowerCase() === query.get("sort"));
+  const state = {
+    rows: [],
+    seen: [],
+    sort: Math.max(0, sorted),
+    up: !query.has("down"),
+    page: Math.max(0, Number(query.get("page")) - 1 || 0),
+    whole: false,
+    error: null,
+    turn: 0,
+  };
   const search = h("input", {
     id: "search",
     type: "search",
+    value: query.get("q") || "",
     placeholder: "name or alias",
     autocomplete: "off",
     spellcheck: "false",
@@ -107,13 +127,32 @@ export function open(place) {
   function sortBy(index) {
     state.up = state.sort === index ? !state.up : true;
     state.sort = index;
-    arrange();
+    fromTheFirst();
   }
 
   function turn(by) {
     state.page += by;
     draw();
-    rows.scrollTop = 0;
+    note();
+  }
+
+  function fromTheFirst() {
+    state.page = 0;
+    arrange();
+    note();
+  }
+
+  /** Into the address, so that it is there again for who comes back. */
+  function note() {
+    const { title } = COLUMNS[state.sort];
+    const parts = {
+      ...(search.value.trim() && { q: search.value.trim() }),
+      ...(state.sort && { sort: title.toLowerCase() }),
+      ...(!state.up && { down: 1 }),
+      ...(state.page && { page: state.page + 1 }),
+    };
+    const text = `${new URLSearchParams(parts)}`;
+    history.replaceState(null, "", `#/adapters${text && `?${text}`}`);
   }
 
   /** What is searched for, sorted. */
@@ -124,14 +163,14 @@ export function open(place) {
     const sign = state.up ? 1 : -1;
     found.sort((one, other) => sign * order(of(one), of(other)) || order(one.name, other.name));
     state.seen = found;
-    state.page = 0;
     draw();
   }
 
   function draw() {
     const last = Math.max(0, Math.ceil(state.seen.length / ROWS) - 1);
-    state.page = Math.min(Math.max(0, state.page), last);
-    const shown = state.seen.slice(state.page * ROWS, (state.page + 1) * ROWS);
+    if (state.whole) state.page = Math.min(state.page, last);
+    const page = Math.min(state.page, last); // until those that come have come
+    const shown = state.seen.slice(page * ROWS, (page + 1) * ROWS);
     show(
       body,
       shown.map((each) =>
@@ -146,12 +185,14 @@ export function open(place) {
       if (index === state.sort) cell.setAttribute("aria-sort", state.up ? "ascending" : "descending");
       else cell.removeAttribute("aria-sort");
     });
-    back.disabled = state.page === 0;
-    on.disabled = state.page === last;
+    back.disabled = page === 0;
+    on.disabled = page === last;
     pager.hidden = last === 0;
-    where.textContent = last ? `page ${state.page + 1} of ${last + 1}` : "";
+    where.textContent = last ? `page ${page + 1} of ${last + 1}` : "";
     const all = state.rows.length;
-    told.textContent = `${state.seen.length === all ? "" : `${state.seen.length.toLocaleString()} of `}${all.toLocaleString()} adapters${state.whole ? "" : ", loading…"}`;
+    const some = state.seen.length === all ? "" : `${state.seen.length.toLocaleString()} of `;
+    const coming = state.whole || state.error ? "" : ", loading…";
+    told.textContent = `${some}${all.toLocaleString()} adapter${all === 1 ? "" : "s"}${coming}`;
     if (state.error) show(list, trouble(state.error, "The adapters cannot be listed"));
     else if (!all && !state.whole) show(list, loading(3));
     else if (!all)
@@ -175,7 +216,7 @@ export function open(place) {
               type: "button",
               onclick: () => {
                 search.value = "";
-                arrange();
+                fromTheFirst();
               },
             },
             "Show all",
@@ -185,31 +226,37 @@ export function open(place) {
     else if (rows.parentNode !== list) show(list, rows, pager);
   }
 
+  /** Looks again; what is there is shown until as many have come. Of two at once, the last one counts. */
   async function load() {
-    Object.assign(state, { rows: [], whole: false, error: null });
+    const turn = ++state.turn;
+    let came = [];
+    Object.assign(state, { whole: false, error: null });
     draw();
     try {
       for await (const page of pages("/v1/adapters")) {
-        if (state.gone) return;
-        state.rows = state.rows.concat(page.map(row));
+        if (turn !== state.turn) return;
+        came = came.concat(page.map(row));
+        if (came.length < state.rows.length) continue;
+        state.rows = came;
         arrange();
       }
-      state.whole = true;
+      Object.assign(state, { rows: came, whole: true });
     } catch (error) {
       state.error = error;
     }
-    arrange();
+    if (turn === state.turn) arrange();
   }
 
   let timer;
   search.addEventListener("input", () => {
     clearTimeout(timer);
-    timer = setTimeout(arrange, WAIT_MS);
+    timer = setTimeout(fromTheFirst, WAIT_MS);
   });
+  const way = entrance(load, (name) => state.rows.find((each) => each.name === name));
   show(
     place,
     h("h1", {}, "Adapters"),
-    entrance(load),
+    way.element,
     h(
       "section",
       { class: "card" },
@@ -227,7 +274,9 @@ export function open(place) {
   );
   load();
   return () => {
-    state.gone = true;
+    clearTimeout(timer);
+    state.turn += 1;
+    way.leave();
   };
 }
 
@@ -239,24 +288,36 @@ function order(one, other) {
   return one - other;
 }
 
-/** Upload and import: a place to drop files on, a name, and what came of it. */
-function entrance(changed) {
+/** Upload and import: a place to drop files on, a name, and what came of it. `changed()` is called when
+ * there is another version; `find(name)` is the row of an adapter that is there. */
+function entrance(changed, find) {
   let files = [];
+  let suggested = "";
+  let sending = null; // what cancels it
+  let left = false;
   const name = h("input", {
     id: "name",
     required: true,
     autocomplete: "off",
     spellcheck: "false",
     placeholder: "mine",
+    oninput: warn,
   });
-  const alias = h("input", { id: "alias", autocomplete: "off", spellcheck: "false", placeholder: "none" });
+  const alias = h("input", {
+    id: "alias",
+    autocomplete: "off",
+    spellcheck: "false",
+    placeholder: "none",
+    oninput: warn,
+  });
   const source = h("input", {
     id: "source",
     autocomplete: "off",
     spellcheck: "false",
     placeholder: "hf://org/name@main, s3://bucket/folder",
   });
-  const picked = h("p", { class: "picked" }, "Drop an adapter here: its folder, its files, or an archive.");
+  const picked = h("p", { class: "picked" }, DROP);
+  const known = h("p", { class: "hint", role: "status" });
   const bar = h("progress", { max: 1, value: 0, hidden: true, "aria-label": "Progress" });
   const stage = h("p", { class: "hint", role: "status" });
   const outcome = h("div");
@@ -277,17 +338,37 @@ function entrance(changed) {
   const buttons = ["Check only", "Upload"].map((text, index) =>
     h("button", { type: "submit", value: index ? "upload" : "check", class: index ? "primary" : "" }, text),
   );
+  const cancel = h("button", { type: "button", hidden: true, onclick: () => sending.abort() }, "Cancel");
 
+  /** `folderName`, if they are a folder's: of that, only what an adapter is made of. */
   function take(chosen, folderName) {
-    files = [...chosen];
+    files = folderName ? chosen.filter((file) => PART.test(file.name)) : chosen;
     const size = files.reduce((sum, file) => sum + file.size, 0);
+    const others = chosen.length - files.length;
+    const without = others ? `, without ${plural(others, "other file")}` : "";
     picked.textContent = files.length
-      ? `${files.map((file) => file.name).join(", ")} (${bytes(size)})`
-      : "Nothing was in there.";
-    const suggested = folderName || (isArchive(files) ? files[0].name.replace(ARCHIVE, "") : "");
-    if (!name.value && suggested) name.value = suggested.toLowerCase().replace(/[^a-z0-9._-]+/g, "-");
+      ? `${files.map((file) => file.name).join(", ")} (${bytes(size)})${without}`
+      : "No adapter was in there. Drop another folder, its files, or an archive.";
+    const called = folderName || (isArchive(files) ? files[0].name.replace(ARCHIVE, "") : "");
+    if (called && (!name.value || name.value === suggested)) {
+      suggested = called.toLowerCase().replace(/[^a-z0-9._-]+/g, "-");
+      name.value = suggested;
+    }
+    // Or the same could not be chosen again, when it has been mended.
+    folder.value = "";
+    loose.value = "";
     show(outcome);
+    warn();
     if (!name.value) name.focus();
+  }
+
+  /** Says what it would become where the name is taken: what clients ask for then answers otherwise. */
+  function warn() {
+    const there = find(name.value.trim());
+    const moved = alias.value.trim() ? `, and ${alias.value.trim()} moves to it` : "";
+    known.textContent = there
+      ? `${there.name} is there already: other bytes become another version of it, its newest${moved}.`
+      : "";
   }
 
   function form(checked) {
@@ -311,62 +392,62 @@ function entrance(changed) {
     stage.textContent = progress(one);
   }
 
+  async function send(path, data) {
+    await unchanged(files);
+    sending = new AbortController();
+    cancel.hidden = false;
+    return upload(path, data, sent, sending.signal);
+  }
+
   async function work(title, ask, then) {
-    buttons.forEach((each) => {
-      each.disabled = true;
-    });
+    const during = files;
+    for (const each of buttons) each.disabled = true;
     bar.hidden = false;
     show(outcome);
+    addEventListener("beforeunload", hold);
     try {
-      show(outcome, then(await ask()));
+      const came = await ask();
+      if (left) toast(came.reference ? `${came.reference} is there` : "The check has ended");
+      show(outcome, then(came, during));
     } catch (error) {
-      show(outcome, trouble(error, title));
+      if (left) toast(`${title}: ${error.message}`, "error");
+      show(outcome, error.name === "AbortError" ? notice("", "Cancelled") : trouble(error, title));
     } finally {
-      buttons.forEach((each) => {
-        each.disabled = false;
-      });
+      removeEventListener("beforeunload", hold);
+      for (const each of buttons) each.disabled = false;
       bar.hidden = true;
       bar.value = 0;
+      cancel.hidden = true;
       stage.textContent = "";
     }
   }
 
-  async function submit(event) {
+  const refuse = (title, text) => show(outcome, notice("error", title, text));
+
+  function submit(event) {
     event.preventDefault();
     const checking = event.submitter?.value === "check";
     const from = source.value.trim();
     if (!files.length && !from)
-      return show(
-        outcome,
-        notice(
-          "error",
-          "Nothing to upload",
-          "Drop an adapter on the field, choose its files, or name a source.",
-        ),
-      );
-    if (!checking && !name.value.trim()) return name.focus();
+      return refuse("Nothing to upload", "Drop an adapter on the field, choose its files, or name a source.");
     if (!files.length && checking)
-      return show(
-        outcome,
-        notice("error", "Only files can be checked", "What is imported is checked as it comes in."),
-      );
-    if (!files.length) {
-      const body = { name: name.value.trim(), source: from, alias: alias.value.trim() || null };
-      return work("The adapter was not imported", () => bring(body, fetched), taken);
-    }
-    if (checking)
-      return work(
-        "The adapter would be refused",
-        () => upload("/v1/adapters:check", form(true), sent),
-        checked,
-      );
-    return work("The adapter was refused", () => upload("/v1/adapters", form(false), sent), taken);
+      return refuse("Only files can be checked", "What is imported is checked as it comes in.");
+    if (checking) return work("It would be refused", () => send("/v1/adapters:check", form(true)), checked);
+    if (!name.value.trim()) return name.focus();
+    if (files.length) return work("It was not taken", () => send("/v1/adapters", form(false)), taken);
+    const body = { name: name.value.trim(), source: from, alias: alias.value.trim() || null };
+    return work("It was not imported", () => bring(body, fetched), taken);
   }
 
-  function taken(version) {
-    files = [];
-    picked.textContent = "Drop the next one here.";
-    changed();
+  /** Makes room for the next one, whose name is another. */
+  function taken(version, sentFiles) {
+    if (files === sentFiles) {
+      files = [];
+      picked.textContent = "Drop the next one here.";
+      for (const each of [name, alias, source]) each.value = "";
+      warn();
+    }
+    if (!left) changed();
     return notice(
       "good",
       `${version.reference} is there`,
@@ -395,23 +476,26 @@ function entrance(changed) {
     folder,
     loose,
   );
-  drop.addEventListener("dragover", (event) => {
+  // What is dropped beside the field is meant for it: else the browser would show the file instead.
+  const over = (event) => {
     event.preventDefault();
     drop.classList.add("over");
-  });
-  drop.addEventListener("dragleave", () => drop.classList.remove("over"));
-  drop.addEventListener("drop", async (event) => {
+  };
+  const out = () => drop.classList.remove("over");
+  const dropped = async (event) => {
     event.preventDefault();
-    drop.classList.remove("over");
-    const dropped = await contents(event.dataTransfer);
-    take(dropped.files, dropped.folder);
-  });
+    out();
+    const found = await contents(event.dataTransfer);
+    take(found.files, found.folder);
+  };
+  const listeners = { dragover: over, dragleave: out, drop: dropped };
+  for (const [what, listener] of Object.entries(listeners)) addEventListener(what, listener);
   folder.addEventListener("change", () =>
     take([...folder.files].filter(isTop), folder.files[0]?.webkitRelativePath.split("/")[0]),
   );
-  loose.addEventListener("change", () => take(loose.files));
+  loose.addEventListener("change", () => take([...loose.files]));
 
-  return h(
+  const element = h(
     "form",
     { class: "card entrance", onsubmit: submit, novalidate: true },
     h("h2", {}, "Add one"),
@@ -423,19 +507,38 @@ function entrance(changed) {
       h("span", { class: "pair" }, h("label", { for: "alias" }, "Alias"), alias),
       h("span", { class: "pair wide" }, h("label", { for: "source" }, "or from"), source),
       h("span", { class: "grow" }),
+      cancel,
       buttons,
     ),
+    known,
     bar,
     stage,
     outcome,
   );
+  const leave = () => {
+    left = true;
+    for (const [what, listener] of Object.entries(listeners)) removeEventListener(what, listener);
+  };
+  return { element, leave };
+}
+
+/** Has the browser ask before it leaves while something is sent. */
+const hold = (event) => event.preventDefault();
+
+/** Raises ApiError if a file is not as it was when it was chosen: a browser sends no other. */
+async function unchanged(files) {
+  try {
+    await Promise.all(files.map((file) => file.slice(0, 1).arrayBuffer()));
+  } catch {
+    throw new ApiError(-1, { message: "The files have changed since you chose them. Choose them again." });
+  }
 }
 
 function checked(seen) {
   if (!seen.ok)
     return trouble(
       { message: "An upload would be refused:", problems: seen.checks.problems },
-      "The adapter would be refused",
+      "It would be refused",
     );
   return notice(
     "good",

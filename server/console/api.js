@@ -1,36 +1,44 @@
 // The server's public API, and the key that it is asked with.
 
+import { forget, keep, read } from "./storage.js";
+
 const KEY = "loraplex.key";
+const BROKE_OFF = -1; // for a status: an answer that began and did not end
 
 export class ApiError extends Error {
-  constructor(status, { message, code, problems } = {}) {
+  /** `status` is 0 where nothing answered; `wait` is how many seconds the server says to wait. */
+  constructor(status, { message, code, problems } = {}, wait = null) {
     super(message || `The server answered ${status}.`);
     this.status = status;
     this.code = code;
     this.problems = problems || [];
+    this.wait = wait;
   }
 }
 
-export function key() {
-  return sessionStorage.getItem(KEY) || localStorage.getItem(KEY) || "";
+export const key = () => read(KEY, true) || read(KEY);
+
+/** Whether what is kept goes when this tab is closed, as the key does. */
+export const forSession = () => read(KEY, true) !== "";
+
+export function setKey(value, stay) {
+  forget(KEY);
+  if (value) keep(KEY, value, !stay);
 }
 
-export function setKey(value, keep) {
-  sessionStorage.removeItem(KEY);
-  localStorage.removeItem(KEY);
-  if (value) (keep ? localStorage : sessionStorage).setItem(KEY, value);
+let another = async () => false;
+
+/** `asker(background)` is called when the key does not do, and says whether there is another now. */
+export function askForKeys(asker) {
+  another = asker;
 }
 
 function headers(more = {}) {
   return key() ? { authorization: `Bearer ${key()}`, ...more } : more;
 }
 
-function refused(status, body) {
-  if (status === 401) dispatchEvent(new Event("unauthorized"));
-  return new ApiError(status, body?.error);
-}
-
-async function ask(path, { method = "GET", json, signal, more } = {}) {
+/** `background`: nobody waits for it, so nobody is asked for a key. */
+async function ask(path, { method = "GET", json, signal, more, background } = {}) {
   const about = json === undefined ? more : { "content-type": "application/json", ...more };
   const body = json === undefined ? undefined : JSON.stringify(json);
   let reply;
@@ -40,7 +48,12 @@ async function ask(path, { method = "GET", json, signal, more } = {}) {
     if (error.name === "AbortError") throw error;
     throw new ApiError(0, { message: "The server does not answer. Is it running?" });
   }
-  if (!reply.ok) throw refused(reply.status, await reply.json().catch(() => null));
+  if (reply.status === 401 && (await another(background)))
+    return ask(path, { method, json, signal, more, background });
+  if (!reply.ok) {
+    const said = await reply.json().catch(() => null);
+    throw new ApiError(reply.status, said?.error, Number(reply.headers.get("retry-after")) || null);
+  }
   return reply;
 }
 
@@ -63,9 +76,15 @@ async function* events(reply) {
   const reader = reply.body.pipeThrough(new TextDecoderStream()).getReader();
   let text = "";
   for (;;) {
-    const { value, done } = await reader.read();
-    if (done) return;
-    const parts = (text + value).split("\n\n");
+    let got;
+    try {
+      got = await reader.read();
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
+      throw new ApiError(BROKE_OFF, { message: "The connection broke off." });
+    }
+    if (got.done) return;
+    const parts = (text + got.value).split("\n\n");
     text = parts.pop();
     for (const part of parts) {
       const lines = part.split("\n");
@@ -79,11 +98,16 @@ async function* events(reply) {
   }
 }
 
-/** Streams a chat: `told(text)` for each piece; returns how it went, times in milliseconds. */
+/** Streams a chat: `told(text, outcome)` for each piece; `outcome` is how it went so far, its times in
+ * milliseconds. */
 export async function chat(body, told, signal) {
   const began = performance.now();
-  const asked = { ...body, stream: true, stream_options: { include_usage: true } };
-  const reply = await ask("/v1/chat/completions", { method: "POST", json: asked, signal });
+  const counted = { include_usage: true, continuous_usage_stats: true };
+  const reply = await ask("/v1/chat/completions", {
+    method: "POST",
+    json: { ...body, stream: true, stream_options: counted },
+    signal,
+  });
   const outcome = {
     adapter: reply.headers.get("x-loraplex-adapter"),
     version: reply.headers.get("x-loraplex-version"),
@@ -97,15 +121,16 @@ export async function chat(body, told, signal) {
   for await (const { data } of events(reply)) {
     if (data.error) throw new ApiError(data.error.code === "engine_not_ready" ? 503 : 500, data.error);
     const choice = data.choices?.[0];
-    if (choice?.delta?.content) {
-      outcome.last = performance.now() - began;
-      outcome.first ??= outcome.last;
-      told(choice.delta.content);
-    }
+    const said = choice?.delta?.content || "";
     outcome.finish = choice?.finish_reason ?? outcome.finish;
     outcome.tokens = data.usage?.completion_tokens ?? outcome.tokens;
+    if (said) {
+      outcome.last = performance.now() - began;
+      outcome.first ??= outcome.last;
+    }
+    told(said, outcome);
   }
-  return outcome;
+  if (!outcome.finish) throw new ApiError(BROKE_OFF, { message: "The answer broke off before its end." });
 }
 
 /** Has the server fetch an adapter; `told(import)` as it goes on. Returns the version. */
@@ -120,13 +145,21 @@ export async function bring(body, told) {
     if (event === "error") throw new ApiError(500, data.error);
     told(data);
   }
-  throw new ApiError(0, {
+  throw new ApiError(BROKE_OFF, {
     message: "The import's progress broke off; the adapter's page says how it ended.",
   });
 }
 
-/** Uploads a form; `told(share)` of what has been sent. Not by fetch, which cannot say how far it is. */
-export function upload(path, form, told) {
+/** Uploads a form; `told(share)` of what has been sent. Raises ApiError, or AbortError by `signal`. */
+export async function upload(path, form, told, signal) {
+  const request = await send(path, form, told, signal);
+  if (request.status === 401 && (await another())) return upload(path, form, told, signal);
+  if (request.status >= 300) throw new ApiError(request.status, request.response?.error);
+  return request.response;
+}
+
+/** Not by fetch, which cannot say how far it is. */
+function send(path, form, told, signal) {
   return new Promise((resolve, reject) => {
     const request = new XMLHttpRequest();
     request.open("POST", path);
@@ -135,9 +168,10 @@ export function upload(path, form, told) {
     request.upload.onprogress = (event) => event.lengthComputable && told(event.loaded / event.total);
     request.upload.onload = () => told(1);
     request.onerror = () =>
-      reject(new ApiError(0, { message: "The connection broke off. Upload it again." }));
-    request.onload = () =>
-      request.status < 300 ? resolve(request.response) : reject(refused(request.status, request.response));
+      reject(new ApiError(BROKE_OFF, { message: "The connection broke off. Upload it again." }));
+    request.onabort = () => reject(new DOMException("It was cancelled.", "AbortError"));
+    request.onload = () => resolve(request);
+    signal.addEventListener("abort", () => request.abort());
     request.send(form);
   });
 }

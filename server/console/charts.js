@@ -246,6 +246,13 @@ export function lines(title, series, step, say) {
         ),
       ),
     ),
+    numbers(
+      ["adapter", "last", "most"],
+      series.map((each) => {
+        const some = each.values.filter((value) => value !== null);
+        return [each.name, say(some.at(-1) ?? null), say(some.length ? Math.max(...some) : null)];
+      }),
+    ),
   );
 }
 

@@ -13,9 +13,12 @@ import {
   h,
   head,
   loading,
+  morph,
   notice,
+  pageOf,
   plural,
   progress,
+  redraw,
   show,
   table,
   tier,
@@ -25,39 +28,47 @@ import {
 
 const AGAIN_MS = 3000;
 
-export function open(place, name) {
+export function open(place, name, query) {
   const path = `/v1/adapters/${encodeURIComponent(name)}`;
-  const state = { gone: false, version: null, shown: "" };
-  show(place, h("h1", {}, name), loading(2));
+  const state = { turn: 0, version: Number(query.get("version")) || null, shown: "" };
+  const wrong = h("div");
+  const page = h("div", {}, h("h1", {}, name), loading(2));
+  show(place, wrong, page);
 
-  async function load() {
+  /** Looks again. `background`: nobody waits for it. Of two at once, the one that began last is shown. */
+  async function load(background = false) {
+    const turn = ++state.turn;
     try {
-      const adapter = await call(path);
+      const adapter = await call(path, { background });
       const alive = adapter.versions.filter((each) => each.state !== "deleted");
       const number = alive.some((each) => each.version === state.version)
         ? state.version
         : alive.at(-1)?.version;
-      const version = number === undefined ? null : await call(`${path}/versions/${number}`);
-      // What is drawn anew loses what is open and focused: not while nothing has changed.
+      const version = number === undefined ? null : await call(`${path}/versions/${number}`, { background });
+      if (turn !== state.turn) return;
+      show(wrong);
+      // What is drawn anew loses what is open: not while nothing has changed.
       const now = JSON.stringify([adapter, version]);
-      if (state.gone || now === state.shown) return;
+      if (now === state.shown) return;
       state.shown = now;
-      draw(adapter, alive, version);
+      redraw(() => draw(adapter, alive, version));
     } catch (error) {
-      if (!state.gone)
-        show(
-          place,
-          h("h1", {}, name),
-          trouble(error, "This adapter cannot be shown"),
-          h("p", {}, h("a", { href: "#/adapters" }, "All adapters")),
-        );
+      if (turn !== state.turn) return;
+      morph(wrong, trouble(error, "This adapter cannot be shown"));
+      if (error.status === 404 || !state.shown) {
+        state.shown = "";
+        show(page, h("h1", {}, name), h("p", {}, h("a", { href: "#/adapters" }, "All adapters")));
+      }
     }
   }
 
   async function act(verb, work, then = load) {
-    if (!(await attempt(work))) return;
-    toast(verb);
-    then();
+    if (await attempt(work)) {
+      toast(verb);
+      return then();
+    }
+    state.shown = ""; // what was chosen is not so
+    return load();
   }
 
   const post = (what) => () =>
@@ -67,16 +78,33 @@ export function open(place, name) {
     location.hash = "#/adapters";
   };
 
-  async function remove(what, where, then) {
-    if (
-      !(await confirmed(
-        `Delete ${what}?`,
-        "No new request can use it from now on; running ones finish. The bytes are removed and cannot be brought back from here.",
+  async function remove(what, where, lost, then) {
+    const text = `No new request can use it from now on; running ones finish. ${lost} The bytes are removed and cannot be brought back from here.`;
+    if (await confirmed(`Delete ${what}?`, text, "Delete"))
+      await act(`${what} is deleted`, () => call(where, { method: "DELETE" }), then);
+  }
+
+  /** The head of the page, with what can be done to all of it. */
+  function title(adapter, alive, ...more) {
+    const aliases = Object.keys(adapter.aliases).filter((each) => each !== "latest");
+    const lost = `It has ${plural(alive.length, "version")}${aliases.length ? ` and the aliases ${aliases.join(", ")}: all of them go` : ""}.`;
+    return h(
+      "div",
+      { class: "row title" },
+      h("h1", {}, name),
+      more,
+      h(
+        "button",
+        { type: "button", class: "danger", onclick: () => remove(name, path, lost, leave) },
         "Delete",
-      ))
-    )
-      return;
-    await act(`${what} is deleted`, () => call(where, { method: "DELETE" }), then);
+      ),
+    );
+  }
+
+  function showVersion(number) {
+    state.version = number;
+    history.replaceState(null, "", pageOf(name, number));
+    load();
   }
 
   function draw(adapter, alive, version) {
@@ -90,31 +118,32 @@ export function open(place, name) {
       );
     if (!version)
       return show(
-        place,
-        h("h1", {}, name),
+        page,
+        title(adapter, alive, h("span", { class: "grow" })),
         imports,
-        imports.length === 0 && notice("empty", "It has no version that can be served"),
+        imports.length === 0 &&
+          notice(
+            "empty",
+            "It has no version that can be served",
+            h("a", { href: "#/adapters" }, "All adapters"),
+          ),
       );
+    const button = (id, text, verb) =>
+      h("button", { type: "button", id, onclick: () => act(verb, post(text.toLowerCase())) }, text);
     show(
-      place,
-      h(
-        "div",
-        { class: "row title" },
-        h("h1", {}, name),
+      page,
+      title(
+        adapter,
+        alive,
         tier(version.residency, version.pinned),
         h("span", { class: "grow" }),
         h("a", { class: "button primary", href: besideBase(version.reference) }, "Compare with the base"),
         version.residency === "disk"
-          ? h("button", { type: "button", onclick: () => act("It is loaded", post("load")) }, "Load")
-          : h("button", { type: "button", onclick: () => act("It is unloaded", post("unload")) }, "Unload"),
+          ? button("load", "Load", "It is loaded")
+          : button("load", "Unload", "It is unloaded"),
         version.pinned
-          ? h(
-              "button",
-              { type: "button", onclick: () => act("It may be evicted again", post("unpin")) },
-              "Unpin",
-            )
-          : h("button", { type: "button", onclick: () => act("It stays loaded", post("pin")) }, "Pin"),
-        h("button", { type: "button", class: "danger", onclick: () => remove(name, path, leave) }, "Delete"),
+          ? button("pin", "Unpin", "It may be evicted again")
+          : button("pin", "Pin", "It stays loaded"),
       ),
       imports,
       version.reason && notice("error", "It is not served", version.reason),
@@ -169,6 +198,32 @@ export function open(place, name) {
     const number = h("select", { id: "new-alias-version", "aria-label": "Version" }, options(null).reverse());
     const set = (which, to) => () =>
       call(`${path}/aliases/${encodeURIComponent(which)}`, { method: "PUT", json: { version: Number(to) } });
+    // Not at once when another is chosen: with the arrow keys one passes those between.
+    const mover = (which, to) => {
+      const move = h(
+        "button",
+        {
+          type: "button",
+          id: `move-${which}`,
+          "aria-label": `Move ${which}`,
+          disabled: true,
+          onclick: () => act(`${which} points to ${chosen.value}`, set(which, chosen.value)),
+        },
+        "Move",
+      );
+      const chosen = h(
+        "select",
+        {
+          id: `alias-${which}`,
+          "aria-label": `Version of ${which}`,
+          onchange: () => {
+            move.disabled = Number(chosen.value) === to;
+          },
+        },
+        options(to),
+      );
+      return [h("span", { "aria-hidden": "true" }, "→"), chosen, move];
+    };
     const rows = Object.entries(adapter.aliases).map(([which, to]) =>
       h(
         "li",
@@ -177,25 +232,13 @@ export function open(place, name) {
         which === "latest"
           ? h("span", { class: "hint" }, `→ ${to}, the newest`)
           : [
-              h(
-                "label",
-                {},
-                "→ ",
-                h(
-                  "select",
-                  {
-                    "aria-label": `Version of ${which}`,
-                    onchange: (event) =>
-                      act(`${which} points to ${event.target.value}`, set(which, event.target.value)),
-                  },
-                  options(to),
-                ),
-              ),
+              mover(which, to),
               h(
                 "button",
                 {
                   type: "button",
                   class: "quiet",
+                  id: `remove-${which}`,
                   "aria-label": `Remove ${which}`,
                   onclick: () =>
                     act(`${which} is removed`, () =>
@@ -230,7 +273,7 @@ export function open(place, name) {
         alias,
         h("span", { "aria-hidden": "true" }, "→"),
         number,
-        h("button", {}, "Point"),
+        h("button", { id: "point" }, "Point"),
       ),
     );
   }
@@ -264,11 +307,9 @@ export function open(place, name) {
             {
               type: "button",
               class: "link",
-              "aria-pressed": each.version === shown.version,
-              onclick: () => {
-                state.version = each.version;
-                load();
-              },
+              id: `version-${each.version}`,
+              "aria-pressed": `${each.version === shown.version}`,
+              onclick: () => showVersion(each.version),
             },
             `${each.version}`,
           ),
@@ -288,7 +329,12 @@ export function open(place, name) {
               type: "button",
               class: "quiet",
               "aria-label": `Delete version ${each.version}`,
-              onclick: () => remove(each.reference, `${path}/versions/${each.version}`),
+              onclick: () =>
+                remove(
+                  each.reference,
+                  `${path}/versions/${each.version}`,
+                  alive.length > 1 ? "The other versions stay." : "It is the only version.",
+                ),
             },
             "Delete",
           ),
@@ -350,9 +396,9 @@ export function open(place, name) {
     document.hidden ||
     document.querySelector("dialog[open], main details[open]") ||
     place.contains(document.activeElement?.closest("input, select"));
-  const timer = setInterval(() => used() || load(), AGAIN_MS);
+  const timer = setInterval(() => used() || load(true), AGAIN_MS);
   return () => {
-    state.gone = true;
+    state.turn += 1;
     clearInterval(timer);
   };
 }

@@ -29,6 +29,41 @@ export function show(place, ...children) {
   place.replaceChildren(...children.flat(Infinity).filter(Boolean));
 }
 
+/** Shows them by changing only what differs: what is focused, selected or pointed at stays so. Not for
+ * children that listen to anything. */
+export function morph(place, ...children) {
+  const wanted = children.flat(Infinity).filter(Boolean);
+  wanted.forEach((child, index) => {
+    const old = place.childNodes[index];
+    if (!old) place.append(child);
+    else if (old.nodeName !== child.nodeName) old.replaceWith(child);
+    else if (!old.isEqualNode(child)) mend(old, child);
+  });
+  while (place.childNodes.length > wanted.length) place.lastChild.remove();
+}
+
+function mend(old, wanted) {
+  if (old.nodeType === Node.TEXT_NODE) {
+    old.data = wanted.data;
+    return;
+  }
+  const had = [...old.attributes].filter(({ name }) => !wanted.hasAttribute(name));
+  for (const { name } of had) if (name !== "open") old.removeAttribute(name); // its reader has opened it
+  for (const { name, value } of wanted.attributes) {
+    if (name === "style")
+      old.style.cssText = wanted.style.cssText; // as an attribute the policy forbids it
+    else if (old.getAttribute(name) !== value) old.setAttribute(name, value);
+  }
+  morph(old, [...wanted.childNodes]);
+}
+
+/** Draws anew and leaves the focus where it was: on what has the same id then, or else on the page. */
+export function redraw(draw) {
+  const { id } = document.activeElement;
+  draw();
+  if (id) (document.getElementById(id) || document.querySelector("#main")).focus();
+}
+
 /** What shows that something is on its way. */
 export function loading(rows) {
   return h(
@@ -54,7 +89,8 @@ export const head = (content, kind) => h("th", { scope: "col", class: kind }, co
 export const tier = (where, pinned) => h("span", { class: `tier ${where}` }, where, pinned && " 📌");
 
 /** Addresses: an adapter's page, and the playground with a reference beside the base. */
-export const pageOf = (name) => `#/adapters/${encodeURIComponent(name)}`;
+export const pageOf = (name, version) =>
+  `#/adapters/${encodeURIComponent(name)}${version ? `?version=${version}` : ""}`;
 export const besideBase = (reference) => `#/?adapters=base,${encodeURIComponent(reference)}`;
 
 /** What is shown instead of a page or part that has nothing to show. */
@@ -72,7 +108,7 @@ const ADVICE = {
   401: "Enter a key with the button at the top.",
   403: "Enter another key with the button at the top, or ask whoever made this one for more.",
   429: "Wait a moment, and try again.",
-  503: "It says so until its engine can answer: try again in a moment.",
+  503: "Its engine is starting, or is busy: try again in a moment.",
 };
 
 /** An error of the API with everything it says: every problem with where, what and what to do. */
@@ -161,7 +197,11 @@ export const time = (s) =>
       ? `${Math.round(s * 1000)} ms`
       : s < 99.5
         ? `${s.toFixed(s < 9.95 ? 2 : 1)} s`
-        : `${Math.round(s / 60)} min`;
+        : s < 5970
+          ? `${Math.round(s / 60)} min`
+          : s < 48 * 3600
+            ? `${Math.round(s / 3600)} h`
+            : `${Math.round(s / 86400)} days`;
 export const date = (epoch) =>
   epoch ? new Date(epoch * 1000).toLocaleString([], { dateStyle: "medium", timeStyle: "short" }) : "–";
 export const percent = (share, digits = 1) => `${(100 * share).toFixed(digits)} %`;

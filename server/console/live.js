@@ -2,9 +2,10 @@
 
 import { call } from "./api.js";
 import { lines } from "./charts.js";
-import { bytes, h, head, loading, pageOf, show, table, tier, time, trouble } from "./dom.js";
+import { bytes, h, head, loading, morph, pageOf, plural, show, table, tier, time, trouble } from "./dom.js";
 
 const EACH_MS = 1000;
+const TROUBLED_S = 5; // until it is asked again after an error
 const SPAN_S = 300;
 // Those with a line of their own have one of these each.
 const COLOURS = [174, 32, 265, 330, 90, 215].map(
@@ -12,6 +13,7 @@ const COLOURS = [174, 32, 265, 330, 90, 215].map(
 );
 const OTHER = "var(--muted)"; // the base's, and everybody else's
 const TOLD = 100; // events
+const FREE = 8; // free places drawn one by one
 const HEADS = [
   "Adapter",
   "Where",
@@ -32,11 +34,13 @@ export function open(place) {
     events: [],
     places: [],
     colours: new Map(),
+    order: [],
     since: 0,
     gone: false,
     timer: null,
   };
   const parts = {
+    more: h("p", { class: "hint" }),
     tiles: h("div", { class: "tiles" }),
     about: h("p", { class: "hint" }),
     seats: h("ul", { class: "seats" }),
@@ -61,27 +65,37 @@ export function open(place) {
         HEADS.map((each, index) => head(each, index > 1 && "number")),
         parts.rows,
       ),
+      parts.more,
     ),
     h("section", { class: "card" }, h("h2", {}, "As it happens"), parts.events),
   ];
   show(place, h("h1", {}, "Live"), parts.error, loading(2));
-  let begun = false;
+  let [begun, shown] = [false, false];
 
+  /** Looks, and again in a while; not while nobody can see it. */
   async function look() {
+    let wait = EACH_MS;
     try {
-      const now = await call(`/v1/live?since=${state.since}`);
-      if (state.gone) return;
-      if (!begun) show(place, page);
-      begun = true;
-      show(parts.error);
-      take(now);
-      draw(now);
+      if (!document.hidden) await seen(await call(`/v1/live?since=${state.since}`, { background: begun }));
     } catch (error) {
       if (state.gone) return;
-      show(parts.error, trouble(error, "The server cannot be watched"));
-      if (!begun) show(place, h("h1", {}, "Live"), parts.error);
+      morph(parts.error, trouble(error, "The server cannot be watched"));
+      if (begun) place.classList.add("stale");
+      else show(place, h("h1", {}, "Live"), parts.error);
+      begun = begun || error.status === 401; // nobody is asked for a key again and again
+      wait = 1000 * (error.wait || TROUBLED_S);
     }
-    state.timer = setTimeout(look, EACH_MS);
+    if (!state.gone) state.timer = setTimeout(look, wait);
+  }
+
+  function seen(now) {
+    if (state.gone) return;
+    if (!shown) show(place, page);
+    [begun, shown] = [true, true];
+    place.classList.remove("stale");
+    show(parts.error);
+    take(now);
+    draw(now);
   }
 
   function take(now) {
@@ -95,18 +109,18 @@ export function open(place) {
   }
 
   function draw(now) {
-    const sum = (field) => now.adapters.reduce((total, each) => total + each[field], 0);
     const slots = now.resident.filter((each) => each.residency === "slot").length;
     const tiles = [
-      ["tokens/s, last minute", sum("tokens_per_s").toFixed(1)],
-      ["running", sum("running")],
-      ["waiting", sum("waiting")],
+      ["tokens/s, last minute", now.totals.tokens_per_s.toFixed(1)],
+      ["running", now.totals.running],
+      ["waiting", now.totals.waiting],
       ["slots", `${slots} / ${now.slots}`],
       ["host cache", `${now.resident.length} / ${now.places}`],
-      ["engine", now.ready ? `up ${time(now.now - now.started)}` : "starting"],
+      ["server", `up ${time(now.now - now.started)}`],
     ];
-    if (now.restarts) tiles.push(["restarts", now.restarts]);
-    show(
+    if (now.restarts || !now.ready)
+      tiles.push(["engine", now.ready ? plural(now.restarts, "restart") : "starting"]);
+    morph(
       parts.tiles,
       tiles.map(([name, value]) =>
         h(
@@ -120,7 +134,7 @@ export function open(place) {
     map(now);
     charts(now);
     byAdapter(now);
-    show(
+    morph(
       parts.events,
       state.events.length
         ? state.events.toReversed().map(event)
@@ -129,7 +143,10 @@ export function open(place) {
   }
 
   function map(now) {
-    const cells = state.places.map((who) => {
+    // A large cache is mostly free: that is said, not drawn.
+    const last = state.places.findLastIndex((who) => who !== null);
+    const drawn = Math.min(now.places, last + 1 + FREE);
+    const cells = state.places.slice(0, drawn).map((who) => {
       const each = now.resident.find((one, index) => id(one, index) === who);
       if (!each) return h("li", { class: "seat" }, h("span", { class: "hidden" }, "free"));
       const name = each.reference || "somebody else's";
@@ -150,12 +167,15 @@ export function open(place) {
       );
     });
     parts.about.textContent = `The host cache has ${now.places} places; ${now.slots} of what is there can be in slots, which is what a batch can use.`;
-    renew(parts.seats, cells);
+    if (drawn < now.places)
+      cells.push(h("li", { class: "seat" }, h("span", { class: "small" }, `and ${now.places - drawn} free`)));
+    morph(parts.seats, cells);
   }
 
   function charts(now) {
     const names = [...state.colours.keys()];
-    const newest = Math.floor(now.now / now.interval_s) * now.interval_s;
+    // The interval that is not over yet would look like a fall.
+    const newest = Math.floor(now.now / now.interval_s - 1) * now.interval_s;
     const times = Array.from(
       { length: SPAN_S / now.interval_s },
       (_, index) => newest - SPAN_S + (index + 1) * now.interval_s,
@@ -169,13 +189,13 @@ export function open(place) {
           return work ? of(work) : none;
         }),
       }));
-    show(
+    morph(
       parts.legend,
       names.map((name) =>
         h("li", {}, h("span", { class: "swatch", style: { background: state.colours.get(name) } }), name),
       ),
     );
-    show(
+    morph(
       parts.charts,
       lines(
         "Tokens per second",
@@ -200,7 +220,11 @@ export function open(place) {
 
   function byAdapter(now) {
     const most = Math.max(1, ...now.adapters.map((each) => each.waiting));
-    const rows = now.adapters.map((each) =>
+    // The busiest come first; but while somebody is in the table by keyboard, none changes its row.
+    if (!parts.rows.contains(document.activeElement)) state.order = now.adapters.map((each) => each.adapter);
+    const rank = ({ adapter }) => (state.order.includes(adapter) ? state.order.indexOf(adapter) : Infinity);
+    const ordered = now.adapters.toSorted((one, other) => rank(one) - rank(other) || 0);
+    const rows = ordered.map((each) =>
       h(
         "tr",
         {},
@@ -226,7 +250,9 @@ export function open(place) {
         ]),
       ),
     );
-    renew(
+    const others = now.totals.adapters - now.adapters.length;
+    parts.more.textContent = others ? `and ${plural(others, "adapter")} with less to do` : "";
+    morph(
       parts.rows,
       rows.length
         ? rows
@@ -237,13 +263,9 @@ export function open(place) {
   look();
   return () => {
     state.gone = true;
+    place.classList.remove("stale");
     clearTimeout(state.timer);
   };
-}
-
-/** Shows what is new, unless that would take the focus from a link that is in use. */
-function renew(place, children) {
-  if (!place.contains(document.activeElement)) show(place, children);
 }
 
 const WORDS = {

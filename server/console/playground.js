@@ -1,24 +1,37 @@
 // One prompt, the base and up to three adapters side by side.
 
-import { call, chat } from "./api.js";
+import { call, chat, forSession } from "./api.js";
 import { copy, h, show, time, trouble } from "./dom.js";
+import { forget as forgetKept, keep, read } from "./storage.js";
 
 const MOST = 4; // that answer side by side
 const KEPT = 50; // prompts of the history
+const KEPT_LENGTH = 500_000; // characters of it
 const HISTORY = "loraplex.history";
 const SHOWN = 100; // names that are offered
 const ADD = "add an adapter: sql, sql@2, sql@prod";
 const SHORT_S = 0.05; // no speed is told of a shorter stream
 
+// Made once: who looks at another page finds answers and prompt again, and what streams goes on.
+let desk = null;
+
 export function open(place, query) {
+  desk ??= build();
+  desk.choose(query.get("adapters")?.split(",").filter(Boolean));
+  show(place, desk.elements);
+  desk.offer();
+}
+
+/** Answers, prompt and history: they are of whoever had the key. */
+export function forget() {
+  desk?.stop();
+  desk = null;
+  forgetKept(HISTORY);
+}
+
+function build() {
   const last = history()[0];
-  const state = {
-    models: (query.get("adapters") || last?.models?.join(",") || "base")
-      .split(",")
-      .filter(Boolean)
-      .slice(0, MOST),
-    stop: null,
-  };
+  const state = { models: [], columns: new Map(), stop: null, offered: 0 };
 
   const prompt = h(
     "textarea",
@@ -26,8 +39,8 @@ export function open(place, query) {
     last?.prompt || "",
   );
   const system = h("input", { id: "system", placeholder: "none", autocomplete: "off" });
-  const most = h("input", { id: "most", type: "number", min: 1, max: 8192, value: 200 });
-  const heat = h("input", { id: "heat", type: "number", min: 0, max: 2, step: 0.1, value: 0 });
+  const most = h("input", { id: "most", type: "number", min: 1, value: 200 });
+  const heat = h("input", { id: "heat", type: "number", min: 0, max: 2, step: "any", value: 0 });
   const go = h("button", { type: "submit", class: "primary" }, "Ask");
   const chosen = h("ul", { class: "chips", "aria-label": "Who answers" });
   const names = h("datalist", { id: "names" });
@@ -38,11 +51,14 @@ export function open(place, query) {
     autocomplete: "off",
     spellcheck: "false",
   });
-  const columns = h("div", { class: "columns", "aria-label": "Answers" });
+  const columns = h("div", { class: "columns", role: "group", "aria-label": "Answers" });
+  const aloud = h("p", { class: "hidden", role: "status" });
   const past = h("ol", { class: "history" });
 
-  function choose(models) {
+  function choose(models = state.models) {
     state.models = [...new Set(models)].slice(0, MOST);
+    const kept = state.columns;
+    state.columns = new Map(state.models.map((model) => [model, kept.get(model) || column(model)]));
     show(
       chosen,
       state.models.map((model) =>
@@ -55,7 +71,10 @@ export function open(place, query) {
             {
               type: "button",
               "aria-label": `Remove ${model}`,
-              onclick: () => choose(state.models.filter((each) => each !== model)),
+              onclick: () => {
+                choose(state.models.filter((each) => each !== model));
+                adding.focus();
+              },
             },
             "×",
           ),
@@ -64,11 +83,12 @@ export function open(place, query) {
     );
     adding.disabled = state.models.length >= MOST;
     adding.placeholder = adding.disabled ? `no more than ${MOST}` : ADD;
-    if (!state.stop)
-      show(
-        columns,
-        state.models.map((model) => column(model).element),
-      );
+    show(
+      columns,
+      [...state.columns.values()].map((each) => each.element),
+    );
+    const who = state.models.map(encodeURIComponent).join(",");
+    window.history.replaceState(null, "", `#/?adapters=${who}`);
   }
 
   function add() {
@@ -76,16 +96,22 @@ export function open(place, query) {
     if (!model) return;
     adding.value = "";
     choose([...state.models, model]);
+    offer();
   }
 
+  /** Names that begin with what is typed; with an @ in it, that adapter's versions and aliases. */
   async function offer() {
-    const typed = adding.value.trim().split("@")[0];
+    const turn = ++state.offered;
+    const [typed, rest] = adding.value.trim().split("@");
     try {
-      const page = await call(`/v1/adapters?limit=${SHOWN}&prefix=${encodeURIComponent(typed)}`);
+      const { data } = await call(`/v1/adapters?limit=${SHOWN}&prefix=${encodeURIComponent(typed)}`, {
+        background: true,
+      });
+      if (turn !== state.offered) return;
+      const found = rest === undefined ? ["base", ...data.map((each) => each.name)] : references(data, typed);
       show(
         names,
-        h("option", { value: "base" }),
-        page.data.map((each) => h("option", { value: each.name })),
+        found.map((value) => h("option", { value })),
       );
     } catch {
       // A key that may only infer can still type a name.
@@ -95,27 +121,27 @@ export function open(place, query) {
   function body(model) {
     const messages = [{ role: "user", content: prompt.value }];
     if (system.value.trim()) messages.unshift({ role: "system", content: system.value.trim() });
-    return { model, messages, max_tokens: Number(most.value), temperature: Number(heat.value) };
+    const asked = { model, messages, temperature: Number(heat.value) };
+    return most.value ? { ...asked, max_tokens: Number(most.value) } : asked;
   }
 
   async function ask(event) {
-    event?.preventDefault();
+    event.preventDefault();
     if (state.stop) return state.stop.abort();
     add(); // what was typed and not entered is meant
     if (!prompt.value.trim()) return prompt.focus();
     if (!state.models.length) choose(["base"]);
     state.stop = new AbortController();
     go.textContent = "Stop";
-    remember({ prompt: prompt.value, models: state.models, at: Date.now() / 1000 });
-    tell();
-    const answers = state.models.map((model) => column(model, body(model)));
-    show(
-      columns,
-      answers.map((each) => each.element),
-    );
-    await Promise.all(answers.map((each) => each.run(state.stop.signal)));
-    state.stop = null;
-    go.textContent = "Ask";
+    try {
+      remember({ prompt: prompt.value, models: state.models });
+      tell();
+      const asked = [...state.columns].map(([model, each]) => each.run(body(model), state.stop.signal));
+      aloud.textContent = (await Promise.all(asked)).join("; ");
+    } finally {
+      state.stop = null;
+      go.textContent = "Ask";
+    }
   }
 
   function tell() {
@@ -143,81 +169,98 @@ export function open(place, query) {
         ),
       ),
     );
-    forget.hidden = !entries.length;
-    nothing.hidden = entries.length > 0;
+    clear.hidden = !entries.length;
   }
 
-  const nothing = h("p", { class: "hint" }, "What you ask is kept here, in this browser.");
-  const forget = h(
+  const clear = h(
     "button",
     {
       type: "button",
       class: "quiet",
       onclick: () => {
-        localStorage.removeItem(HISTORY);
+        forgetKept(HISTORY);
         tell();
       },
     },
     "Forget all",
   );
+  const form = h(
+    "form",
+    { class: "card", onsubmit: ask },
+    h("label", { for: "prompt" }, "Prompt"),
+    prompt,
+    h(
+      "div",
+      { class: "who-answers" },
+      h("span", { class: "label" }, "Who answers"),
+      chosen,
+      h("label", { class: "hidden", for: "adding" }, "Add an adapter"),
+      adding,
+      names,
+    ),
+    h(
+      "div",
+      { class: "row" },
+      h("span", { class: "pair wide" }, h("label", { for: "system" }, "System"), system),
+      h("span", { class: "pair" }, h("label", { for: "most" }, "Most tokens"), most),
+      h("span", { class: "pair" }, h("label", { for: "heat" }, "Temperature"), heat),
+      h("span", { class: "grow" }),
+      h("span", { class: "hint keys" }, "Ctrl + Enter"),
+      go,
+    ),
+  );
 
   prompt.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) ask(event);
+    if (event.key !== "Enter" || !(event.ctrlKey || event.metaKey)) return;
+    event.preventDefault();
+    if (!event.repeat && !state.stop) form.requestSubmit();
   });
   adding.addEventListener("input", offer);
-  adding.addEventListener("change", add);
+  adding.addEventListener("change", () => {
+    const offered = [...names.children].map((each) => each.value);
+    if (offered.includes(adding.value.trim())) add();
+  });
   adding.addEventListener("keydown", (event) => {
     if (event.key !== "Enter") return;
     event.preventDefault();
     add();
   });
 
-  show(
-    place,
+  state.models = last?.models || ["base"];
+  tell();
+  const elements = [
     h("h1", {}, "Playground"),
-    h(
-      "form",
-      { class: "card", onsubmit: ask },
-      h("label", { for: "prompt" }, "Prompt"),
-      prompt,
-      h(
-        "div",
-        { class: "who-answers" },
-        h("span", { class: "label" }, "Who answers"),
-        chosen,
-        h("label", { class: "hidden", for: "adding" }, "Add an adapter"),
-        adding,
-        names,
-      ),
-      h(
-        "div",
-        { class: "row" },
-        h("span", { class: "pair wide" }, h("label", { for: "system" }, "System"), system),
-        h("span", { class: "pair" }, h("label", { for: "most" }, "Most tokens"), most),
-        h("span", { class: "pair" }, h("label", { for: "heat" }, "Temperature"), heat),
-        h("span", { class: "grow" }),
-        h("span", { class: "hint keys" }, "Ctrl + Enter"),
-        go,
-      ),
-    ),
+    form,
     columns,
+    aloud,
     h(
       "section",
       { class: "card" },
-      h("div", { class: "row" }, h("h2", {}, "History"), h("span", { class: "grow" }), forget),
-      nothing,
+      h("div", { class: "row" }, h("h2", {}, "History"), h("span", { class: "grow" }), clear),
+      h("p", { class: "hint" }, "What you ask is kept in this browser, until you forget it or the key."),
       past,
     ),
-  );
-  choose(state.models);
-  tell();
-  offer();
-  return () => state.stop?.abort();
+  ];
+  return { elements, choose, offer, stop: () => state.stop?.abort() };
 }
 
-/** One who answers: its element, and `run`, which asks. */
-function column(model, body) {
-  const text = h("div", { class: "answer", tabindex: "0", "aria-label": `Answer of ${model}` });
+function references(adapters, name) {
+  const adapter = adapters.find((each) => each.name === name);
+  if (!adapter) return [];
+  const alive = adapter.versions.filter((each) => each.state !== "deleted");
+  const all = [...Object.keys(adapter.aliases), ...alive.map((each) => each.version)];
+  return all.map((each) => `${name}@${each}`);
+}
+
+/** One who answers: its element, and `run`, which asks and returns how it went, in words. */
+function column(model) {
+  const text = h("div", {
+    class: "answer",
+    role: "group",
+    tabindex: "0",
+    "aria-label": `Answer of ${model}`,
+  });
+  const note = h("div", { class: "note" }, h("p", { class: "hint" }, "The answer comes here."));
   const facts = h("dl", { class: "facts" });
   const version = h("span", { class: "version" });
   const tools = h("div", { class: "row tools" });
@@ -226,10 +269,10 @@ function column(model, body) {
     { class: "card column", "aria-label": model },
     h("header", {}, h("h2", {}, model), version),
     text,
+    note,
     facts,
     tools,
   );
-  if (!body) show(text, h("p", { class: "hint" }, "The answer comes here."));
 
   function tell(outcome) {
     const span = (outcome.last - outcome.first) / 1000;
@@ -249,9 +292,17 @@ function column(model, body) {
     version.textContent = outcome.adapter ? `${outcome.adapter}@${outcome.version}` : "the base";
   }
 
-  async function run(signal) {
-    const wait = h("p", { class: "hint" }, "waiting…");
-    show(text, wait);
+  function say(piece) {
+    const atEnd = text.scrollHeight - text.scrollTop - text.clientHeight < 20;
+    text.append(piece);
+    if (atEnd) text.scrollTop = text.scrollHeight;
+  }
+
+  async function run(body, signal) {
+    show(text);
+    show(note, h("p", { class: "hint" }, "waiting…"));
+    show(facts);
+    version.textContent = "";
     const kinds = [
       ["Copy", () => copy(text.textContent, `the answer of ${model}`)],
       ["curl", () => copy(asCurl(body), "the request as curl")],
@@ -263,21 +314,25 @@ function column(model, body) {
     );
     text.setAttribute("aria-busy", "true");
     try {
-      const outcome = await chat(
+      await chat(
         body,
-        (piece) => {
-          wait.remove();
-          text.append(piece);
+        (piece, outcome) => {
+          if (piece) show(note);
+          say(piece);
+          tell(outcome);
         },
         signal,
       );
-      wait.remove();
-      if (!text.textContent) show(text, h("p", { class: "hint" }, "It answered nothing."));
-      tell(outcome);
+      if (!text.textContent) show(note, h("p", { class: "hint" }, "It answered nothing."));
+      return `${model} has answered`;
     } catch (error) {
-      wait.remove();
-      if (error.name === "AbortError") text.append(h("p", { class: "hint" }, "stopped"));
-      else text.append(trouble(error, `${model} did not answer`));
+      if (error.name === "AbortError") {
+        show(note, h("p", { class: "hint" }, "stopped"));
+        return `${model} was stopped`;
+      }
+      const title = text.textContent ? `${model} did not finish` : `${model} did not answer`;
+      show(note, trouble(error, title));
+      return title;
     } finally {
       text.removeAttribute("aria-busy");
     }
@@ -305,7 +360,7 @@ function asPython(body) {
     "    messages=[",
     ...messages,
     "    ],",
-    `    max_tokens=${body.max_tokens},`,
+    ...(body.max_tokens ? [`    max_tokens=${body.max_tokens},`] : []),
     `    temperature=${body.temperature},`,
     ")",
     "print(reply.choices[0].message.content)",
@@ -315,15 +370,22 @@ function asPython(body) {
 
 function history() {
   try {
-    return JSON.parse(localStorage.getItem(HISTORY)) || [];
+    return JSON.parse(read(HISTORY, forSession())) || [];
   } catch {
     return [];
   }
 }
 
+/** Kept as long as the key is; the oldest go where there are too many, or too long ones. */
 function remember(entry) {
   const others = history().filter(
     (each) => each.prompt !== entry.prompt || each.models.join() !== entry.models.join(),
   );
-  localStorage.setItem(HISTORY, JSON.stringify([entry, ...others].slice(0, KEPT)));
+  let [kept, room] = [[], KEPT_LENGTH];
+  for (const each of [entry, ...others].slice(0, KEPT)) {
+    room -= each.prompt.length;
+    if (room < 0) break;
+    kept.push(each);
+  }
+  keep(HISTORY, JSON.stringify(kept), forSession());
 }

@@ -33,7 +33,8 @@ async def live(
 ) -> JSONResponse:
     """Slots and host cache with what is in them, queues, and the last minutes by adapter.
 
-    Adapters are the busiest of the last minute, among those that the key may use.
+    Adapters are the busiest of the last minute, among those that the key may use; totals are of all
+    of these.
     """
     now, gateway, recent = time.time(), serving.gateway, serving.recent
     events = [event for event in recent.events if event.at > since]
@@ -56,6 +57,7 @@ async def live(
     ]
     names.sort(key=lambda name: (-sum(counts.get(name, ())), -tokens[name], name))
     shown = names[:SHOWN]
+    seconds = recent.looks_back(WINDOW_S)
     shows = {
         "object": "live",
         "now": now,
@@ -67,8 +69,14 @@ async def live(
         "places": serving.settings.host_capacity,
         "resident": resident,
         "window_s": WINDOW_S,
+        "totals": {
+            "adapters": len(names),
+            "waiting": sum(counts.get(name, (0, 0))[0] for name in names),
+            "running": sum(counts.get(name, (0, 0))[1] for name in names),
+            "tokens_per_s": round(sum(tokens[name] for name in names) / seconds, 2),
+        },
         "adapters": [
-            _adapter(name, recent.within(WINDOW_S, name), counts.get(name, (0, 0)))
+            _adapter(name, recent.within(WINDOW_S, name), seconds, counts.get(name, (0, 0)))
             | {"residency": None if name == base else tiers.get(name, "disk")}
             for name in shown
         ],
@@ -108,7 +116,7 @@ def _resident(gateway: Gateway, references: References) -> list[Json]:
     ]
 
 
-def _adapter(name: str, work: Work, counts: tuple[int, int]) -> Json:
+def _adapter(name: str, work: Work, seconds: float, counts: tuple[int, int]) -> Json:
     waiting, running = counts
     return {
         "adapter": name,
@@ -116,8 +124,8 @@ def _adapter(name: str, work: Work, counts: tuple[int, int]) -> Json:
         "running": running,
         "requests": work.requests,
         "errors": work.errors,
-        "prompt_tokens_per_s": round(work.prompt_tokens / WINDOW_S, 2),
-        "tokens_per_s": round(work.output_tokens / WINDOW_S, 2),
+        "prompt_tokens_per_s": round(work.prompt_tokens / seconds, 2),
+        "tokens_per_s": round(work.output_tokens / seconds, 2),
         "first_token_s": {"p50": work.first.percentile(0.5), "p99": work.first.percentile(0.99)},
         "token_gap_s": {"p50": work.gaps.percentile(0.5), "p99": work.gaps.percentile(0.99)},
     }

@@ -170,6 +170,41 @@ def test_a_key_is_asked_for_and_one_with_too_few_rights_is_told_so(
             assert shown.evaluate("localStorage.getItem('loraplex.key')") is None
 
 
+def test_who_has_no_key_is_asked_once(browser: Browser, guarded: Running) -> None:
+    with page(browser, guarded.url) as shown:
+        shown.goto("/#/live")
+        expect(shown.locator("#ask-key")).to_be_visible()
+        shown.keyboard.press("Escape")
+        expect(shown.locator("main .notice.error")).to_contain_text("needs an API key")
+        shown.wait_for_timeout(6000)  # it has looked again
+        expect(shown.locator("#ask-key")).to_be_hidden()
+        shown.click("#key")
+        shown.fill("#ask-key-value", "ключ")
+        shown.keyboard.press("Enter")
+        expect(shown.locator("#ask-key-why")).to_contain_text("something else")
+        shown.fill("#ask-key-value", ADMIN_KEY)
+        shown.keyboard.press("Enter")
+        expect(shown.locator(".tiles")).to_be_visible()
+
+
+def test_a_key_entered_in_mid_work_loses_nothing(
+    browser: Browser, guarded: Running, make_adapter: MakeAdapter
+) -> None:
+    with page(browser, guarded.url) as shown:
+        shown.goto("/#/adapters")
+        expect(shown.locator("#ask-key")).to_be_visible()
+        shown.keyboard.press("Escape")
+        folder = make_adapter(2)
+        shown.set_input_files("#files", sorted(folder.iterdir()))
+        shown.fill("#name", "kept")
+        shown.click(".entrance >> text=Upload")
+        shown.fill("#ask-key-value", ADMIN_KEY)
+        shown.keyboard.press("Enter")
+        expect(shown.locator(".entrance .notice.good")).to_contain_text("kept@1 is there")
+    bearer = {"authorization": f"Bearer {ADMIN_KEY}"}
+    httpx.delete(f"{guarded.url}/v1/adapters/kept", headers=bearer)
+
+
 def test_ten_thousand_adapters_scroll_and_filter(browser: Browser, guarded: Running) -> None:
     with page(browser, guarded.url) as shown:
         shown.goto("/#/adapters")
@@ -230,7 +265,7 @@ def test_states_are_drawn_on_purpose(browser: Browser, home: Path, base_folder: 
         expect(shown.locator(".notice.empty")).to_contain_text("There are no adapters yet")
         picture(shown, "empty")
         shown.goto("/#/nowhere")
-        expect(shown.locator(".notice.empty")).to_contain_text("no such page")
+        expect(shown.locator("h1")).to_have_text("There is no such page")
         shown.goto("/#/adapters/nobody")
         expect(shown.locator(".notice.error")).to_contain_text("no adapter")
         shown.goto("/#/live")

@@ -31,6 +31,11 @@ def test_what_is_there_and_what_was_done(http: httpx.Client, four: dict[str, str
     assert one["first_token_s"]["p50"] <= one["first_token_s"]["p99"]
     assert (one["residency"], base["residency"]) == ("slot", None)
     assert (one["waiting"], one["running"]) == (0, 0)
+    totals = live["totals"]
+    assert (totals["waiting"], totals["running"]) == (0, 0)
+    assert totals["adapters"] == len(adapters)
+    rates = sum(each["tokens_per_s"] for each in adapters.values())
+    assert abs(totals["tokens_per_s"] - rates) < 0.01 * len(adapters)
     assert [event["event"] for event in live["events"]] == ["loaded", "slot"]
     assert {event["reference"] for event in live["events"]} == {"one@1"}
     tokens = sum(each["adapters"].get("one", {}).get("tokens", 0) for each in live["history"])

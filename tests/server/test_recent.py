@@ -67,3 +67,14 @@ def test_the_old_is_dropped(clock: Clock) -> None:
         recent.event("slot", f"e{turn}")
     assert len(recent.events) == EVENTS
     assert recent.events[-1].digest == f"e{2 * EVENTS - 1}"
+
+
+def test_rates_divide_by_the_time_that_was_looked_at(clock: Clock) -> None:
+    """A constant stream has a constant rate, at every moment and from the beginning."""
+    recent = Recent(clock)
+    for second in range(1, 200):
+        recent.came("sql", 10, ())
+        clock.now += 1
+        rate = recent.tokens(60)["sql"] / recent.looks_back(60)
+        assert rate == pytest.approx(10), f"after {second} s"
+    assert 60 <= recent.looks_back(60) <= 60 + INTERVAL_S
