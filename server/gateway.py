@@ -304,8 +304,13 @@ class Gateway:
     def unload(self, version: Version) -> None:
         """Takes `version` out of the engine. Raises AdapterInUse."""
         digest = version.digest
-        if self.residency.is_pinned(digest):
+        if version.pinned:
             raise AdapterInUse(f"{version.reference} is pinned. Unpin it first.")
+        if self.residency.is_pinned(digest):
+            raise AdapterInUse(
+                f"{version.reference} has the same bytes as another version, which is pinned: they "
+                "stay loaded."
+            )
         if self.admission.has(digest) or digest in self._loads:
             raise AdapterInUse(f"Requests use {version.reference}. Ask again when they have ended.")
         if self.residency.drop(digest):

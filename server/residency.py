@@ -5,7 +5,7 @@ Synchronous, no I/O: it decides, the gateway does. An *entry* is one version, by
 
 import itertools
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Protocol
@@ -177,10 +177,10 @@ class Residency:
         entry.pinned = True
         return True
 
-    def unpin(self, digest: str) -> None:
-        """Lets `digest` be evicted again."""
-        if entry := self._entries.get(digest):
-            entry.pinned = False
+    def pin_only(self, digests: Collection[str]) -> None:
+        """Lets all but these be evicted again."""
+        for entry in self._entries.values():
+            entry.pinned = entry.pinned and entry.digest in digests
 
     # -- use ----------------------------------------------------------------------------------
 

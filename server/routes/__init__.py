@@ -5,6 +5,7 @@ from argparse import Namespace
 from dataclasses import dataclass, field
 from typing import Annotated, Any, cast
 
+from anyio.to_thread import run_sync
 from fastapi import Depends, Request
 
 from adapters.base import BaseSpec
@@ -68,6 +69,12 @@ class Serving:
         if self.gateway is None or self.handlers is None:
             raise EngineNotReady("The engine is starting; GET /ready says when it can answer.")
         return self.gateway, self.handlers
+
+    async def settle_pins(self) -> None:
+        """Lets what no version is pinned for any more be evicted again; equal bytes have one place."""
+        kept = {version.digest for version in await run_sync(self.registry.pinned)}
+        if self.gateway is not None:
+            self.gateway.residency.pin_only(kept)
 
     def let_go(self, digests: list[str]) -> None:
         """Removes versions that the registry has let go, each with its last lease."""

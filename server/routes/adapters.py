@@ -275,6 +275,7 @@ async def delete_alias(
 async def delete(name: Named, serving: Served) -> Json:
     """No new requests from now on; running ones finish, then the bytes go."""
     serving.let_go(await run_sync(serving.registry.delete_adapter, name))
+    await serving.settle_pins()
     return {"object": "adapter", "name": name, "deleted": True}
 
 
@@ -282,6 +283,7 @@ async def delete(name: Named, serving: Served) -> Json:
 async def delete_version(name: Named, version: int, serving: Served) -> Json:
     """The same for one version; refused while an alias other than `latest` points to it."""
     serving.let_go(await run_sync(serving.registry.delete_version, name, version))
+    await serving.settle_pins()
     return {"object": "adapter.version", "name": name, "version": version, "deleted": True}
 
 
@@ -305,17 +307,22 @@ async def unload(name: Named, serving: Served) -> Json:
 async def pin(name: Named, serving: Served) -> Json:
     """Loads it and keeps it loaded, restarts included."""
     gateway, version = await _meant(name, serving)
-    await gateway.pin(version)
+    # Noted first: whoever unpins another at this moment goes by what is noted.
     await run_sync(serving.registry.pin, version, True)
+    try:
+        await gateway.pin(version)
+    except Exception:
+        await run_sync(serving.registry.pin, version, version.pinned)
+        raise
     return await run_sync(_show_version, serving, replace(version, pinned=True))
 
 
 @router.post("/{name}/unpin")
 async def unpin(name: Named, serving: Served) -> Json:
     """Lets it be evicted again."""
-    gateway, version = await _meant(name, serving)
+    _, version = await _meant(name, serving)
     await run_sync(serving.registry.pin, version, False)
-    gateway.residency.unpin(version.digest)
+    await serving.settle_pins()
     return await run_sync(_show_version, serving, replace(version, pinned=False))
 
 

@@ -52,4 +52,5 @@ async def unload(asked: UnloadRequest, serving: Served, asker: Asker) -> PlainTe
         raise no_adapter(asked.lora_name)
     digests: Any = await run_sync(serving.registry.delete_adapter, asked.lora_name)
     serving.let_go(digests)
+    await serving.settle_pins()
     return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")

@@ -1,4 +1,4 @@
-"""The console in a browser, over the fake engine, when something goes wrong or comes at a bad time."""
+"""The console over the fake engine, when something goes wrong or comes at a bad time."""
 
 import json
 import shutil

@@ -224,6 +224,41 @@ async def test_what_does_not_go_into_a_slot_is_an_error_of_its_requests(
         assert (await ask(client, "one")).status_code == 200
 
 
+async def test_a_pin_is_of_the_version_and_not_of_others_with_its_bytes(
+    home: Path, base_folder: Path, make_adapter: MakeAdapter
+) -> None:
+    async with served(home, base_folder, make_adapter) as (_, client):
+
+        async def call(what: str, name: str) -> httpx.Response:
+            return await client.post(f"/v1/adapters/{name}/{what}")
+
+        async def pinned() -> bool:
+            live = (await client.get("/v1/live")).json()["resident"]
+            return any(each["pinned"] for each in live)
+
+        async def same_again() -> None:
+            folder = make_adapter(1)
+            files = [("files", (p.name, p.read_bytes())) for p in sorted(folder.iterdir())]
+            reply = await client.post("/v1/adapters", data={"name": "twin"}, files=files)
+            assert reply.json()["digest"] == digest
+
+        digest = (await client.get("/v1/adapters/one/versions/1")).json()["digest"]
+        await same_again()
+        assert (await call("pin", "one")).status_code == 200
+        assert (await call("unpin", "twin")).status_code == 200
+        assert await pinned()
+        reply = await call("unload", "twin")
+        assert code(reply) == (409, "adapter_in_use")
+        assert "same bytes" in reply.json()["error"]["message"]
+        assert (await call("pin", "twin")).status_code == 200
+        await client.delete("/v1/adapters/one")
+        assert await pinned()
+        await client.delete("/v1/adapters/twin")
+        await same_again()
+        assert (await call("load", "twin")).json()["residency"] == "host"
+        assert not await pinned()
+
+
 async def test_residency_by_hand(home: Path, base_folder: Path, make_adapter: MakeAdapter) -> None:
     async with served(home, base_folder, make_adapter) as (server, client):
 

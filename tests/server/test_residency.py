@@ -143,8 +143,9 @@ def test_as_many_as_slots_stay_free_of_pins() -> None:
     assert residency.pin("a")
     assert residency.pin("a")
     assert not residency.pin("b")
-    residency.unpin("a")
+    residency.pin_only({"b"})
     assert residency.pin("b")
+    residency.pin_only({"a", "b"})
     assert residency.pinned() == ["b"]
 
 
@@ -304,7 +305,7 @@ class Machine(RuleBasedStateMachine):
     @rule(digest=digests)
     def pin(self, digest: str) -> None:
         if digest not in self.host and digest not in self.loading:
-            self.residency.unpin(digest)
+            self.residency.pin_only(self.pinned)
             return
         room = len(self.pinned) < self.residency.places - self.residency.slots
         assert self.residency.pin(digest) == (digest in self.pinned or room)
@@ -313,8 +314,8 @@ class Machine(RuleBasedStateMachine):
 
     @rule(digest=digests)
     def unpin(self, digest: str) -> None:
-        self.residency.unpin(digest)
         self.pinned.discard(digest)
+        self.residency.pin_only(self.pinned)
 
     @precondition(lambda self: self.slots)
     @rule(data=st.data())
