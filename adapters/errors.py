@@ -100,7 +100,9 @@ class AdapterNotFound(AdapterError):
 
 def no_adapter(name: str, param: str | None = None) -> AdapterNotFound:
     """The same words whether there is none, or one that the caller is not to know of."""
-    return AdapterNotFound(f"There is no adapter {name}. Check the name, or upload it.", param)
+    advice = "That is the base model, which not every API key may use." if name == "base" else ""
+    advice = advice or "Check the name, or upload it."
+    return AdapterNotFound(f"There is no adapter {name}. {advice}", param)
 
 
 class VersionNotFound(AdapterError):

@@ -35,6 +35,10 @@ class ConfigError(Exception):
     """The settings cannot be used; the message names every problem, one a line."""
 
 
+class UsageError(ConfigError):
+    """They are not what settings are."""
+
+
 class Settings(BaseSettings):
     """What an operator can set; `--max-loras 4` and `LORAPLEX_MAX_LORAS=4` are the same."""
 
@@ -262,14 +266,17 @@ class Settings(BaseSettings):
         flag is; what vLLM does not know either is an error when the engine's arguments are parsed.
 
         Raises:
-            ConfigError: a value that is not what it must be.
+            UsageError: a value that is not what it must be, or what is no flag.
             SystemExit: `--help` was asked for (it has been printed).
         """
         source: CliSettingsSource[Any] = CliSettingsSource(cls, cli_parse_args=arguments)
         try:
             settings = cls(_cli_settings_source=source)  # type: ignore[call-arg]
         except ValidationError as error:
-            raise ConfigError("\n".join(_explain(error))) from None
+            raise UsageError("\n".join(_explain(error))) from None
+        if settings.engine and not settings.engine[0].startswith("-"):
+            word = settings.engine[0]
+            raise UsageError(f"{word} belongs to no flag; a base model is named by --model {word}")
         engine = [*_engine_flags_of_environment(cls), *settings.engine]
         return settings.model_copy(
             update={"engine": engine, "home": settings.home.expanduser().absolute()}

@@ -239,7 +239,9 @@ class Keys:
         with self._db.read() as db:
             row = db.execute(sa.select(_keys).where(_keys.c.id == id)).first()
         if row is None:
-            raise KeyNotFound(f"There is no key {id[:40]!r}.", "id")
+            raise KeyNotFound(
+                f"There is no key with the id {id[:40]!r}; listing keys shows their ids.", "id"
+            )
         return row
 
 

@@ -1,4 +1,4 @@
-"""Ties the life of the engine's processes to the server's.
+"""Ties the life of the engine's processes to the server's, and to nothing else.
 
 vLLM's engine and worker processes outlive a server that is killed: they are re-parented, deaf to
 SIGTERM and keep their memory. Every process that the server starts therefore watches the server
@@ -30,6 +30,9 @@ def follow() -> None:
     if server in (0, os.getpid()) or os.getpid() in _watched:
         return
     _watched.add(os.getpid())
+    # Ctrl-C is for the server, which lets what runs end: the terminal sends it to a whole group.
+    with suppress(PermissionError):  # it leads a session
+        os.setpgid(0, 0)
     try:
         descriptor = os.pidfd_open(server)
     except ProcessLookupError:  # it ended before this process could look

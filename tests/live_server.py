@@ -54,6 +54,7 @@ class LiveServer(ThreadingHTTPServer):
     """Answers with `said`, and counts how often it was `asked`."""
 
     said: dict[str, Any]
+    page: str | None  # what it answers everything with, if it is no server of ours
     asked = 0
 
     @property
@@ -66,8 +67,10 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         self.server.asked += self.path == "/v1/live"
-        body = json.dumps(self.server.said).encode()
-        self.send_response(200 if self.path == "/v1/live" else 404)
+        page = self.server.page
+        body = (page or json.dumps(self.server.said)).encode()
+        self.send_response(200 if page or self.path == "/v1/live" else 404)
+        self.send_header("content-type", "text/html" if page else "application/json")
         self.send_header("content-length", str(len(body)))
         self.end_headers()
         self.wfile.write(body)
@@ -76,10 +79,10 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve(**more: Any) -> Iterator[LiveServer]:
+def serve(page: str | None = None, **more: Any) -> Iterator[LiveServer]:
     """One on a free port."""
     with LiveServer(("127.0.0.1", 0), _Handler) as server:
-        server.said = live(**more)
+        server.said, server.page = live(**more), page
         thread = threading.Thread(target=server.serve_forever, args=(0.05,))
         thread.start()
         try:

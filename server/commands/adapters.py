@@ -15,9 +15,9 @@ from rich.progress import track
 from adapters import names
 from adapters.errors import InvalidAdapter
 from adapters.folder import wanted
-from adapters.names import check_alias
+from adapters.names import check_alias, check_name
 from server.commands.panels import listing, of_adapter, of_check, of_version, place, remarks
-from server.commands.remote import LOCAL, Json, Reference, Refused, Url, server
+from server.commands.remote import ANSWER_S, LOCAL, Json, Reference, Refused, Url, server
 from server.commands.terminal import AsJson, Home, existing, interactive, show, show_json, tell
 from server.commands.upload import byte_bar, files_of, name_of, send
 from server.logs import complain, console
@@ -54,17 +54,12 @@ def add(
 ) -> None:
     """Upload an adapter, or have the server fetch one; it can be asked at once."""
     kept = _metadata(metadata)
-    name = name or name_of(source)
-    try:
-        with server(url) as client:
-            if "://" in source:
-                version, new = _fetch(client, name, source, alias, kept)
-            else:
-                version, new = _upload(client, name, Path(source), alias, kept)
-    except Refused as error:
-        if as_json:
-            show_json({"error": error.body})
-        raise
+    name = check_name(name) if name else name_of(source)
+    with server(url) as client:
+        if "://" in source:
+            version, new = _fetch(client, name, source, alias, kept)
+        else:
+            version, new = _upload(client, name, Path(source), alias, kept)
     if as_json:
         show_json(version | {"new": new})
         return
@@ -115,6 +110,7 @@ def _fetch(
 
 @app.command()
 def check(
+    context: typer.Context,
     path: Annotated[Path, typer.Argument(help="A PEFT folder, or one packed.")],
     home: Annotated[
         Path | None, typer.Option(help="State folder of the server that it is for.")
@@ -127,13 +123,19 @@ def check(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Say what an upload would be told, and the adapter's algebra; stores nothing.
+    """Say what an upload would be told, and the adapter's algebra; stores nothing of it.
 
-    Needs no server: the base is the one that `serve` would serve with the same --home, --model and
-    LORAPLEX_… variables. Exit code 1 if anything is wrong.
+    Needs no server: without one the base is what `serve` would serve with the same --home, --model
+    and LORAPLEX_… variables, and is prepared in the state folder if it is not there yet. Exit code
+    1 if anything is wrong.
     """
     flags = {"--home": home, "--model": model, "--max-lora-rank": max_lora_rank}
-    given = [text for flag, value in flags.items() if value for text in (flag, str(value))]
+    given = [text for f, value in flags.items() if value is not None for text in (f, str(value))]
+    source = context.get_parameter_source("url")
+    if given and source is not None and source.name == "COMMANDLINE":
+        raise typer.BadParameter(f"The server at --url has its own base: leave out {given[0]}.")
+    if home is not None and not home.is_dir():
+        raise typer.BadParameter(f"There is no folder {home}.", param_hint="--home")
     try:
         if url is not None and not given:
             with server(url) as client:
@@ -201,7 +203,7 @@ def every(
     as_json: AsJson = False,
 ) -> None:
     """Show all adapters, by name."""
-    with server(url) as client:
+    with server(url, ANSWER_S) as client:
         found = list(_pages(client, prefix))
     if as_json:
         show_json({"object": "list", "data": found, "has_more": False, "next": None})
@@ -233,7 +235,7 @@ def _parts(reference: str) -> tuple[str, str]:
 def one(reference: Reference, url: Url = LOCAL, as_json: AsJson = False) -> None:
     """Show an adapter with all its versions, or one: config, algebra, checks, where it is."""
     name, which = _parts(reference)
-    with server(url) as client:
+    with server(url, ANSWER_S) as client:
         adapter = client.get(f"/v1/adapters/{name}").json()
         version = client.get(f"/v1/adapters/{name}/versions/{which}").json() if which else None
     if as_json:
@@ -255,7 +257,7 @@ def alias(
     """Point an alias to a version: `alias sql@2 prod`. Requests that run finish as they began."""
     name, which = _parts(reference)
     check_alias(alias)
-    with server(url) as client:
+    with server(url, ANSWER_S) as client:
         path = f"/v1/adapters/{name}/aliases/{alias}"
         if remove:
             expected = {"if-match": f'"{_number(client, reference)}"'} if which else {}
@@ -287,19 +289,28 @@ def rm(
 ) -> None:
     """Remove an adapter, or one version: no new requests; its bytes go when running ones end."""
     name, which = _parts(reference)
-    with server(url) as client:
+    with server(url, ANSWER_S) as client:
         number = _number(client, reference) if which else None
-        what = f"{name}@{number}" if which else f"{name} with all its versions"
+        what = f"{name}@{number}" if which else _all_of(client, name)
         if not yes and not interactive():
             raise typer.BadParameter(f"Nobody can be asked whether {what} shall go: add --yes.")
-        if not yes and not typer.confirm(f"Remove {what}?", err=True):
-            raise typer.Abort
-        place = f"/v1/adapters/{name}" + (f"/versions/{number}" if which else "")
-        done = client.delete(place).json()
+        if not yes and console.input(f"Remove {what}? [y/N] ", markup=False).lower() != "y":
+            raise typer.Exit(1)
+        path = f"/v1/adapters/{name}" + (f"/versions/{number}" if which else "")
+        done = client.delete(path).json()
     if as_json:
         show_json(done)
     else:
         tell(f"removed: {what}")
+
+
+def _all_of(client: httpx2.Client, name: str) -> str:
+    """An adapter with all that goes when it does."""
+    adapter = client.get(f"/v1/adapters/{name}").json()
+    count = len([each for each in adapter["versions"] if each["state"] != "deleted"])
+    aliases = sorted(adapter["aliases"].keys() - {"latest"})
+    with_them = f" and the aliases {', '.join(aliases)}" if aliases else ""
+    return f"{name} with {count} version{'s' * (count != 1)}{with_them}"
 
 
 def _residency(verb: str, does: str) -> Callable[..., None]:
@@ -337,7 +348,8 @@ def verify(home: Home = None, as_json: AsJson = False) -> None:
     registry = Registry(Database.of(folder))
 
     def follow(digests: list[str]) -> Iterable[str]:
-        return track(digests, "reading", transient=True, console=console)
+        quiet = not console.is_terminal
+        return track(digests, "reading", transient=True, console=console, disable=quiet)
 
     found = audit(Store(folder / "store"), registry, full=True, track=follow)
     named = {digest: registry.references_to(digest) for digest in (*found.damaged, *found.mended)}

@@ -12,6 +12,7 @@ from rich.markup import escape
 from server.commands.terminal import (
     AsJson,
     Home,
+    bytes_text,
     existing,
     show,
     show_json,
@@ -28,6 +29,9 @@ app = typer.Typer(
     "runs on the same state folder.",
     no_args_is_help=True,
 )
+
+
+Id = Annotated[str, typer.Argument(help="Its id, as `keys list` has it.")]
 
 
 @app.command()
@@ -57,7 +61,9 @@ def create(
     stored_mb: Annotated[
         int | None, typer.Option(help="At most, of all versions that it uploads.")
     ] = None,
-    expires_days: Annotated[float | None, typer.Option(help="Days that it holds.")] = None,
+    expires_days: Annotated[
+        float | None, typer.Option(help="Days that it holds.", min=0, max=36500)
+    ] = None,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -73,19 +79,28 @@ def create(
     )
     expires = None if expires_days is None else datetime.now(UTC) + timedelta(days=expires_days)
     patterns = tuple(adapters or [ANY])
-    key, token = _with_keys(
-        home, lambda them: them.create(name, tuple(scope), patterns, weight, limits, expires)
-    )
+    folder = state_folder(home)
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def made(them: "Keys") -> tuple[bool, tuple["Key", str]]:
+        first = not them.wanted()
+        return first, them.create(name, tuple(scope), patterns, weight, limits, expires)
+
+    first, (key, token) = _with_keys(folder, made)
     tell(f"key {key.id} for {key.name}: {', '.join(key.scopes)} on {', '.join(key.patterns)}")
+    tell(f"it is for the server on {folder}" + ", which now wants a key of everybody" * first)
     _hand_out(key, token, as_json)
 
 
 @app.command("list")
 def every(home: Home = None, as_json: AsJson = False) -> None:
     """Show all keys, oldest first, with those that hold no more."""
-    found = _with_keys(home, lambda them: them.list())
+    found = _with_keys(existing(home), lambda them: them.list())
     if as_json:
         show_json({"object": "list", "data": [key.as_dict() for key in found]})
+        return
+    if not found:
+        tell("there are no keys: whoever reaches the server may do everything with it")
         return
     rows = table("id", "name", "scopes", "adapters", "weight", "limits", "created", "holds")
     rows.columns[0].no_wrap = True
@@ -104,9 +119,9 @@ def every(home: Home = None, as_json: AsJson = False) -> None:
 
 
 @app.command()
-def revoke(id: str, home: Home = None, as_json: AsJson = False) -> None:
+def revoke(id: Id, home: Home = None, as_json: AsJson = False) -> None:
     """End a key: requests with it are refused from now on, and those that run go on."""
-    key = _with_keys(home, lambda them: them.revoke(id))
+    key = _with_keys(existing(home), lambda them: them.revoke(id))
     if as_json:
         show_json(key.as_dict())
     else:
@@ -115,19 +130,22 @@ def revoke(id: str, home: Home = None, as_json: AsJson = False) -> None:
 
 @app.command()
 def rotate(
-    id: str,
-    grace_s: Annotated[float, typer.Option(help="Seconds that the old one holds yet.")] = 0.0,
+    id: Id,
+    grace_s: Annotated[
+        float,
+        typer.Option(help="Seconds that the old one holds yet.", min=0, max=10**7),
+    ] = 0.0,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
     """Make another key for the same id, and print it."""
-    key, token = _with_keys(home, lambda them: them.rotate(id, grace_s))
+    key, token = _with_keys(existing(home), lambda them: them.rotate(id, grace_s))
     tell(f"another key for {key.id}, {key.name}; the one before holds {grace_s:g} s")
     _hand_out(key, token, as_json)
 
 
 def usage(
-    since_hours: Annotated[float, typer.Option(help="How far back.")] = 24.0,
+    since_hours: Annotated[float, typer.Option(help="How far back.", min=0, max=10**6)] = 24.0,
     home: Home = None,
     as_json: AsJson = False,
 ) -> None:
@@ -145,12 +163,10 @@ def usage(
             print(line, end="")
 
 
-def _with_keys(home: Path | None, work: "Callable[[Keys], Any]") -> Any:
+def _with_keys(folder: Path, work: "Callable[[Keys], Any]") -> Any:
     from adapters.database import Database
     from server.keys import Keys
 
-    folder = state_folder(home)
-    folder.mkdir(parents=True, exist_ok=True)
     with closing(Database.of(folder)) as database:
         return work(Keys(database))
 
@@ -167,9 +183,11 @@ def _limits(limits: "Limits") -> str:
         "requests/min": limits.requests_per_minute,
         "tokens/min": limits.tokens_per_minute,
         "at once": limits.concurrent_requests,
-        "bytes": limits.stored_bytes,
     }
-    return ", ".join(f"{limit:,} {what}" for what, limit in said.items() if limit) or "none"
+    given = [f"{limit:,} {what}" for what, limit in said.items() if limit]
+    if limits.stored_bytes:
+        given.append(f"{bytes_text(limits.stored_bytes)} stored")
+    return ", ".join(given) or "none"
 
 
 def _holds(key: "Key") -> str:

@@ -1,12 +1,13 @@
 """A running server, as commands ask it: one HTTP client, its errors, and streamed replies."""
 
 import os
+import re
 import time
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Annotated, Any
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import httpx2
 import typer
@@ -15,6 +16,7 @@ BASE = "base"  # what requests call it
 LOCAL = "http://127.0.0.1:8000"
 KEY = "LORAPLEX_API_KEY"
 CONNECT_S = 10.0
+ANSWER_S = 30.0  # that a server has for what it only looks up
 COMPLETION_S = 0.5  # that the shell waits for names, at most
 
 Json = dict[str, Any]
@@ -93,11 +95,13 @@ def server(url: str, timeout_s: float | None = None) -> Iterator[httpx2.Client]:
     """A client of the server at `url`; an answer may take `timeout_s`, as long as it will if None.
 
     Raises, from within:
-        Refused: an answer that is an error.
+        Refused: an answer that is an error, or not one of Loraplex.
         Unreachable: there is no answer, or it is that the engine is not ready.
-        BadParameter: `url` is none.
+        BadParameter: `url` is none, or the key in the environment.
     """
-    key = os.environ.get(KEY)
+    key = _key()
+    if not _is_port(url):
+        raise typer.BadParameter(f"{url} has no port that there can be.", param_hint="--url")
     timeout = httpx2.Timeout(timeout_s, connect=min(CONNECT_S, timeout_s or CONNECT_S))
     try:
         with httpx2.Client(
@@ -112,19 +116,44 @@ def server(url: str, timeout_s: float | None = None) -> Iterator[httpx2.Client]:
         raise typer.BadParameter(
             f"{url} is no address of a server: write it like {LOCAL}", param_hint="--url"
         ) from None
-    except (httpx2.ConnectError, httpx2.ConnectTimeout):
+    except (httpx2.ConnectError, httpx2.ConnectTimeout) as error:
+        said = str(error)
+        if isinstance(error, httpx2.ConnectTimeout) or re.search("refused|attempts failed", said):
+            said = "start one with `loraplex serve`, or name another with --url or LORAPLEX_URL"
+        else:
+            said = f"is --url right? ({said})"
+        raise Unreachable(f"no server answers at {url}: {said}") from None
+    except httpx2.ReadTimeout:
         raise Unreachable(
-            f"no server answers at {url}: start one with `loraplex serve`, or name another with "
-            "--url or LORAPLEX_URL"
+            f"{url} has not answered within {timeout_s:g} s: is it very busy, or not Loraplex?"
         ) from None
     except httpx2.TransportError as error:
         said = str(error) or type(error).__name__
         raise Unreachable(f"the connection to {url} was lost ({said}): ask again") from None
 
 
+def _is_port(url: str) -> bool:
+    try:
+        return urlsplit(url).port != 0
+    except ValueError:
+        return False
+
+
+def _key() -> str | None:
+    """The key to send, if there is one. A line break at its end, as files have, is none of it."""
+    key = os.environ.get(KEY, "").strip()
+    if re.search(r"[^\x21-\x7e]", key):
+        raise typer.BadParameter(
+            "It has a space, a line break or a letter that no key has: set it again.",
+            param_hint=KEY,
+        )
+    return key or None
+
+
 def _raise(response: httpx2.Response) -> None:
-    """Raises what an answer with an error status means."""
-    if response.is_success:
+    """Raises what an answer means that is not what was asked for."""
+    kind = response.headers.get("content-type", "").partition(";")[0]
+    if response.is_success and kind in ("application/json", "text/event-stream"):
         return
     response.read()
     try:

@@ -1,5 +1,6 @@
 """`loraplex chat` and `compare`: the base and its adapters, by what they say."""
 
+import re
 import sys
 import threading
 import time
@@ -31,7 +32,7 @@ from server.commands.remote import (
     server,
     stream,
 )
-from server.commands.terminal import AsJson, interactive, out, printable, show, show_json
+from server.commands.terminal import AsJson, interactive, out, printable, show, show_json, tell
 from server.logs import complain, console
 
 REFRESH_S = 0.1
@@ -39,7 +40,7 @@ NARROWEST = 26  # characters of a column in a comparison
 PANEL = 4  # characters of a panel that are not its text
 
 Temperature = Annotated[
-    float | None, typer.Option(min=0, help="0 always takes the likeliest token.")
+    float, typer.Option(min=0, help="How much is left to chance; 0 is always the likeliest token.")
 ]
 MaxTokens = Annotated[int | None, typer.Option(min=1, help="Longest reply, in tokens.")]
 System = Annotated[str | None, typer.Option(help="What the model is told before all else.")]
@@ -51,6 +52,9 @@ HELP = """\
 /reset          forgets what was said
 /quit           leaves, as Ctrl-D does; Ctrl-C stops a reply
 A line that ends with \\ goes on in the next."""
+
+
+COMMANDS = set(re.findall(r"^(/\w+)", HELP, re.MULTILINE))
 
 
 @dataclass
@@ -73,14 +77,15 @@ def chat(
         str, typer.Option(help="Who answers at first.", autocompletion=complete_name)
     ] = BASE,
     system: System = None,
-    temperature: Temperature = None,
+    temperature: Temperature = 0,
     max_tokens: MaxTokens = None,
     url: Url = LOCAL,
     as_json: AsJson = False,
 ) -> None:
     """Talk to the base or an adapter, and change in mid-conversation: /adapter NAME, /help.
 
-    From a pipe, each line is a message, and the replies are all that is printed.
+    From a pipe, each line is a message, or one of the commands that /help lists, and the replies
+    are all that is printed.
     """
     typed = interactive() and not as_json
     talk = Conversation(adapter, system, _options(temperature, max_tokens))
@@ -89,17 +94,17 @@ def chat(
     if typed:
         console.print(f"[dim]{escape(adapter)} at {escape(url)}; /help says what else there is")
     for line in _typed(talk) if typed else _piped():
-        if line in ("/quit", "/exit"):
+        if line == "/quit":
             return
         # A client each: one whose connection broke is no use for the next line.
         with _going_on(typed), server(url) as client:
-            if line.startswith("/"):
+            if line.startswith("/") and (typed or line.split()[0] in COMMANDS):
                 _command(client, talk, line)
             elif line.strip():
                 _answer(client, talk, line, typed, as_json)
 
 
-def _options(temperature: float | None, max_tokens: int | None) -> Json:
+def _options(temperature: float, max_tokens: int | None) -> Json:
     given = {"temperature": temperature, "max_completion_tokens": max_tokens}
     return {name: value for name, value in given.items() if value is not None}
 
@@ -146,8 +151,7 @@ def _command(client: httpx2.Client, talk: Conversation, line: str) -> None:
         talk.adapter = rest
     elif verb == "/adapter":
         models = client.get("/v1/models").json()["data"]
-        names = [each["id"] if each["parent"] else BASE for each in models]
-        console.print(", ".join(names), markup=False)
+        tell(", ".join(each["id"] if each["parent"] else BASE for each in models))
     elif verb == "/base":
         talk.adapter = BASE
     elif verb == "/system":
@@ -222,6 +226,8 @@ def compare(
         if sys.stdin.isatty():
             raise typer.BadParameter('Say what to ask: loraplex compare --adapters base,sql "…"')
         prompt = sys.stdin.read()
+    if not prompt.strip():
+        raise typer.BadParameter("There is nothing to ask.")
     who = names(adapters)
     with server(url) as client:
         for name in who:
@@ -237,17 +243,20 @@ def compare(
             while any(thread.is_alive() for thread in threads):
                 live.update(_side_by_side(columns, out.height - 4), refresh=True)
                 time.sleep(REFRESH_S)
-        show(_side_by_side(columns))
     for thread in threads:
         thread.join()
+    failures = [column.failure for column in columns if column.failure is not None]
+    if out.is_terminal and not as_json:
+        show(_side_by_side(columns))
     if as_json:
         show_json({"object": "comparison", "data": [column.as_dict() for column in columns]})
     elif not out.is_terminal:
         for column in columns:
             print(f"── {column.title}\n{column.text}\n")
-    for column in columns:
-        if column.failure is not None:
-            raise column.failure
+    if failures and as_json:  # the rows have said so
+        raise typer.Exit(3 if isinstance(failures[0], Unreachable) else 1)
+    for failure in failures:
+        raise failure
 
 
 @dataclass

@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
 from server.logs import console
 
-WIDE = 300  # characters, for who reads lines and not a screen
+WIDE = 300  # characters of a line of a table, for who reads lines and not a screen
 
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -38,13 +38,13 @@ def state_folder(home: Path | None) -> Path:
 
 
 def existing(home: Path | None) -> Path:
-    """The same; raises ConfigError if there is none yet."""
+    """The same; raises UsageError if there is none yet."""
     from adapters.database import FILE
-    from server.config import ConfigError
+    from server.config import UsageError
 
     folder = state_folder(home)
     if not (folder / FILE).is_file():
-        raise ConfigError(f"{folder} is no state folder of Loraplex: name it with --home")
+        raise UsageError(f"{folder} is no state folder of Loraplex: name it with --home")
     return folder
 
 
@@ -56,8 +56,10 @@ def interactive() -> bool:
 def show(*things: RenderableType) -> None:
     """Prints on standard output."""
     for thing in things:
-        # A pipe has no width: what reads it is to find a row in a line.
-        out.print(thing, width=None if out.is_terminal else WIDE)
+        if out.is_terminal or not isinstance(thing, Table | Group):
+            out.print(thing)
+        else:  # a pipe has no width: what reads it is to find a row in a line
+            Console(highlight=False, width=WIDE).print(thing)
 
 
 def tell(text: str) -> None:

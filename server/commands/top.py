@@ -26,6 +26,9 @@ EVENTS = 5  # shown at most
 BARS = "▁▂▃▄▅▆▇█"
 HISTORY = 30  # intervals shown
 WIDE = 116  # characters from which there is room for them
+# Where there are fewer, what can be missed goes before a figure or a name is cut.
+NARROW = {"gap\np50/p99 ms": 92, "errors": 84, "requests": 76, "first token\np50/p99 s": 66}
+NAME = 16  # characters of an adapter's name, at least
 
 
 def top(
@@ -119,25 +122,27 @@ def _head(live: Json) -> RenderableType:
 
 
 def _adapters(live: Json, adapters: list[Json]) -> Table:
-    wide = out.width >= WIDE
-    left = ["adapter", "loaded"]
-    right = ["waits", "runs", "requests", "errors", "tokens/s"]
-    right += ["first token\np50/p99 s", "gap\np50/p99 ms"]
-    history = [f"tokens, {live['interval_s']:g} s each"] * wide
-    rows = table(*left, *right, *history, right=right)
+    columns: dict[str, Callable[[Json], str]] = {
+        "adapter": lambda each: escape(each["adapter"]),
+        "loaded": lambda each: each["residency"] or "–",
+        "waits": lambda each: str(each["waiting"] or "–"),
+        "runs": lambda each: str(each["running"] or "–"),
+        "requests": lambda each: f"{each['requests']:,}",
+        "errors": lambda each: f"[red]{each['errors']:,}[/red]" if each["errors"] else "–",
+        "tokens/s": lambda each: number(each["tokens_per_s"], 1),
+        "first token\np50/p99 s": lambda each: _percentiles(each["first_token_s"], 1, 2),
+        "gap\np50/p99 ms": lambda each: _percentiles(each["token_gap_s"], 1000, 0),
+        f"tokens, {live['interval_s']:g} s each": lambda each: _history(live, each["adapter"]),
+    }
+    *figures, history = list(columns)
+    shown = [name for name in figures if not out.is_terminal or out.width >= NARROW.get(name, 0)]
+    shown += [history] * (not out.is_terminal or out.width >= WIDE)
+    rows = table(*shown, right=[name for name in shown[2:] if name != history])
+    rows.columns[0].min_width, rows.columns[0].overflow = NAME, "ellipsis"
+    for column in rows.columns[1:]:
+        column.no_wrap = True
     for each in adapters:
-        row = [
-            escape(each["adapter"]),
-            each["residency"] or "–",
-            str(each["waiting"] or "–"),
-            str(each["running"] or "–"),
-            f"{each['requests']:,}",
-            f"[red]{each['errors']:,}[/red]" if each["errors"] else "–",
-            number(each["tokens_per_s"], 1),
-            _percentiles(each["first_token_s"], 1, 2),
-            _percentiles(each["token_gap_s"], 1000, 0),
-        ]
-        rows.add_row(*row, *[_history(live, each["adapter"])] * wide)
+        rows.add_row(*(columns[name](each) for name in shown))
     if not adapters:
         rows.add_row("[dim]nobody asked lately[/dim]")
     return rows

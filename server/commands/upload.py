@@ -19,7 +19,7 @@ from rich.progress import (
 )
 
 from adapters.errors import InvalidName
-from adapters.folder import wanted
+from adapters.folder import FILES, wanted
 from adapters.names import check_name
 from server.logs import console
 
@@ -62,6 +62,8 @@ def files_of(path: Path) -> list[tuple[str, Path]]:
     """
     if path.is_dir():
         return [("files", path / name) for name in wanted(os.listdir(path), allow_pickle=True)]
+    if path.name in FILES:
+        raise typer.BadParameter(f"{path} is a part of one: give the folder that it lies in.")
     if not path.is_file():
         raise typer.BadParameter(
             f"There is no folder or archive {path}. What the server is to fetch begins with hf://, "

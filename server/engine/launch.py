@@ -5,7 +5,7 @@ import os
 import platform
 import shutil
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, NoReturn
 
 from pydantic import ValidationError
 
-from server.config import DEFAULT_MODEL, ConfigError, Settings
+from server.config import DEFAULT_MODEL, ConfigError, Settings, UsageError
 from server.engine import plugin, progress
 from server.lifeline import Processes
 
@@ -113,16 +113,13 @@ def parse(settings: Settings, folder: Path, linears: list[str]) -> Namespace:
     embeddings and logits, which no adapter here may target, and which cost memory and time.
 
     Raises:
-        ConfigError: a flag that neither we nor vLLM know, or a value vLLM does not take.
+        UsageError: a flag that neither we nor vLLM know, or a value vLLM does not take.
+        ConfigError: what cannot be done here, or with this model.
     """
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.launchers.cli_args import validate_parsed_serve_args
     from vllm.platforms import current_platform
-    from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
-        def error(self, message: str) -> NoReturn:
-            raise ConfigError(f"vLLM: {message}")
-
+    parser = check_flags(settings.engine)
     arguments = [
         *("--model", str(folder.resolve())),  # what is compiled is kept by this path
         *("--served-model-name", settings.base_name, "base"),
@@ -148,24 +145,42 @@ def parse(settings: Settings, folder: Path, linears: list[str]) -> Namespace:
         length = min(CPU_CONTEXT, _context(folder))
     if length is not None:
         arguments += ["--max-model-len", str(length)]
-    try:
-        parser = make_arg_parser(Parser())
-    except plugin.UnexpectedVllmError as error:
-        raise ConfigError(str(error)) from None
-    args, unknown = parser.parse_known_args([*arguments, *settings.engine])
-    if unknown:
-        raise ConfigError(
-            f"neither loraplex nor vLLM has the setting {' '.join(unknown)} (as a flag, or in the "
-            "environment, where --max-loras is LORAPLEX_MAX_LORAS)"
-        )
-    _refuse_unused(args, parser.parse_args(arguments))
+    args: Namespace = parser.parse_args([*arguments, *settings.engine])
     try:
         validate_parsed_serve_args(args)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"vLLM: {_reason(error)}") from None
     if args.dtype == "auto" and slow_in_bf16() and not _quantized(args, folder):
         args.dtype = "float32"
-    return args  # type: ignore[no-any-return]
+    return args
+
+
+def check_flags(engine: list[str]) -> ArgumentParser:
+    """vLLM's parser, if it takes the flags in `engine`, and none of them is ours to choose.
+
+    Needs no model, but imports vLLM, which takes seconds. Raises UsageError.
+    """
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    class Parser(FlexibleArgumentParser):  # type: ignore[misc]
+        def error(self, message: str) -> NoReturn:
+            raise UsageError(f"vLLM: {message}")
+
+    try:
+        parser: ArgumentParser = make_arg_parser(Parser())
+    except plugin.UnexpectedVllmError as error:
+        raise ConfigError(str(error)) from None
+    args, unknown = parser.parse_known_args(engine)
+    if unknown:
+        raise UsageError(
+            f"neither loraplex nor vLLM has the setting {' '.join(unknown)} (as a flag, or in the "
+            "environment, where --max-loras is LORAPLEX_MAX_LORAS)"
+        )
+    if args.model_tag is not None:
+        raise UsageError(f"{args.model_tag} belongs to no flag")
+    _refuse_unused(args, parser.parse_args([]))
+    return parser
 
 
 def dtype(args: Namespace, folder: Path) -> str:
@@ -182,13 +197,13 @@ def dtype(args: Namespace, folder: Path) -> str:
 
 
 def _refuse_unused(args: Namespace, ours: Namespace) -> None:
-    """Raises ConfigError for settings of vLLM's HTTP server, or ones that only we may choose."""
+    """Raises UsageError for settings of vLLM's HTTP server, or ones that only we may choose."""
     from vllm.entrypoints.launchers.cli_args import FrontendArgs
 
     unused = {field.name for field in fields(FrontendArgs)} - HANDLED | RESERVED
     for name in sorted(unused & vars(ours).keys()):
         if getattr(args, name) != getattr(ours, name):
-            raise ConfigError(
+            raise UsageError(
                 f"--{name.replace('_', '-')} is a setting of vLLM's own server or of its LoRA "
                 "loading, which Loraplex has its own way of; it would do nothing here"
             )

@@ -71,7 +71,7 @@ class Serving:
         return self.gateway, self.handlers
 
     async def settle_pins(self) -> None:
-        """Lets what no version is pinned for any more be evicted again; equal bytes have one place."""
+        """Lets what no version is pinned for be evicted again; equal bytes have one place."""
         kept = {version.digest for version in await run_sync(self.registry.pinned)}
         if self.gateway is not None:
             self.gateway.residency.pin_only(kept)

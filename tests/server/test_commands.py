@@ -4,10 +4,12 @@ import io
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -83,6 +85,24 @@ def test_the_environment_names_the_server() -> None:
         (["compare", "--adapters", ",", "hello"], "Name at least one"),
         (["adapters", "lost"], "No such command"),
         (["bench", "--requests", "0"], "--requests"),
+        (["adapters", "add", str(WEIGHTS / "sql" / "adapter_config.json")], "the folder that it"),
+        (["adapters", "add", str(WEIGHTS / "sql"), "--name", "Bad Name"], "Bad Name"),
+        (["adapters", "show", "UPPER"], "UPPER"),
+        (["adapters", "check", ".", "--url", NOWHERE, "--max-lora-rank", "8"], "leave out"),
+        (["adapters", "check", ".", "--home", "/nowhere"], "There is no folder /nowhere."),
+        (["adapters", "check", str(WEIGHTS / "sql"), "--max-lora-rank", "7"], "it can be 1, 8"),
+        (["usage", "--since-hours", "nan"], "--since-hours"),
+        (["usage", "--since-hours", "-5"], "--since-hours"),
+        (["keys", "create", "x", "--scope", "infer", "--expires-days", "nan"], "--expires-days"),
+        (["keys", "create", "x", "--scope", "bogus", "--home", "."], "bogus"),
+        (["keys", "list", "--home", "/nowhere"], "is no state folder"),
+        (["keys", "revoke", "x", "--home", "/nowhere"], "is no state folder"),
+        (["serve", "other/base"], "--model other/base"),
+        (["serve", "--served-model-name", "A", "B"], "B belongs to no flag"),
+        (["serve", "--port", "abc"], "port"),
+        (["serve", "--bogus", "3", "--home", "."], "has the setting --bogus"),
+        (["serve", "--quantization", "fp8", "--home", ".", "--", "B"], "B belongs to no flag"),
+        (["serve", "--lora-modules", "a=b", "--home", "."], "--lora-modules"),
     ],
 )
 def test_wrong_usage(tmp_path: Path, arguments: list[str], said: str) -> None:
@@ -90,8 +110,64 @@ def test_wrong_usage(tmp_path: Path, arguments: list[str], said: str) -> None:
     folder.mkdir()
     at = [str(folder) if each == "." else each for each in arguments]
     done = loraplex(*at, COLUMNS="300")
-    assert (done.returncode, done.stdout) == (2, "")
+    assert (done.returncode, done.stdout) == (2, ""), done.stderr
     assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {path.name for path in folder.iterdir()} <= {"registry.db"}  # nothing was prepared
+
+
+def test_a_key_that_is_none_is_not_printed() -> None:
+    for key in ("lpx_a secret", "lpx_süß", "lpx_\u201csecret\u201d", "lpx_x\nsecret"):
+        done = loraplex("adapters", "list", LORAPLEX_API_KEY=key)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert "LORAPLEX_API_KEY" in done.stderr and "secret" not in done.stderr
+    done = loraplex("adapters", "list", "--url", NOWHERE, LORAPLEX_API_KEY="lpx_from_a_file\r\n")
+    assert done.returncode == 3
+
+
+def test_errors_are_json_too() -> None:
+    done = loraplex("adapters", "list", "--json", "--url", NOWHERE)
+    assert done.returncode == 3
+    assert json.loads(done.stdout)["error"]["message"] in done.stderr
+
+
+@pytest.mark.parametrize("url", ["http://nohost.invalid", "http://127.0.0.1:99999"])
+def test_why_no_server_answers(url: str) -> None:
+    done = loraplex("adapters", "list", "--url", url)
+    assert done.returncode in (2, 3)
+    assert "Traceback" not in done.stderr and "start one" not in done.stderr
+
+
+def test_a_page_of_something_else_is_no_answer() -> None:
+    with live_server.serve(page="<html>") as server:
+        for command in (["adapters", "list"], ["adapters", "show", "sql"], ["top"], ["chat"]):
+            done = loraplex(*command, "--url", server.url)
+            assert (done.returncode, done.stdout) == (1, "")
+            assert "but not as Loraplex does: is --url right?" in done.stderr
+
+
+def test_a_command_that_is_interrupted_while_it_imports_says_nothing() -> None:
+    command = [sys.executable, "-m", "server.cli", "adapters", "list", "--url", NOWHERE]
+    for seconds in (0.15, 0.3, 0.5):
+        with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as running:
+            time.sleep(seconds)
+            running.send_signal(signal.SIGINT)
+            said = running.communicate()[1]
+        assert "Traceback" not in said or seconds < 0.2, said  # Python itself was starting
+
+
+def test_a_table_in_a_pipe_is_not_cut(tmp_path: Path) -> None:
+    name = "somebody-with-a-long-name " * 4
+    scopes = [word for scope in SCOPES for word in ("--scope", scope)]
+    made = loraplex("keys", "create", name, *scopes, "--home", str(tmp_path), COLUMNS="80")
+    assert f"it is for the server on {tmp_path}, which now wants a key of everybody" in made.stderr
+    row = loraplex("keys", "list", "--home", str(tmp_path), COLUMNS="80").stdout.splitlines()[1]
+    assert name.strip() in row and " ".join(SCOPES) in row
+
+
+def test_the_version() -> None:
+    assert loraplex("--version").stdout.strip() == version("loraplex")
+    assert loraplex("adapters", "-h").returncode == 0
 
 
 def test_something_else_answers_there() -> None:
