@@ -17,7 +17,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -251,37 +251,44 @@ def _each(runs: Sequence[Json], key: str) -> str:
 
 
 def plot(data: Json, path: Path) -> None:
-    """Held-out loss and bytes by rank, for all seven layers and for q and v."""
+    """Held-out loss of each task, and bytes, by rank, for all seven layers and for q and v."""
     import matplotlib
 
     matplotlib.use("agg")
     from matplotlib import pyplot
 
     pyplot.rcParams |= {"font.size": 8, "axes.grid": True, "grid.alpha": 0.3}
-    figure, axes = pyplot.subplots(1, 2, figsize=(8, 3))
-    for task in dict.fromkeys(run["task"] for run in data["runs"]):
-        for layers, targets in (("all seven", SEVEN), ("q, v", QUERY_VALUE)):
-            cases = sorted(
-                (case for case in CASES if case.targets == targets and case.name.startswith("r ")),
-                key=lambda case: case.r,
-            )
-            drawn = [(case.r, runs) for case in cases if (runs := _runs(data, task, case.name))]
-            ranks = [r for r, _ in drawn]
-            label = f"{task}: {layers}"
-            means = [_mean(runs, "held_out_loss") for _, runs in drawn]
-            (line,) = axes[0].plot(ranks, means, "o-", label=label)
-            for r, runs in drawn:
-                losses = [run["held_out_loss"] for run in runs]
-                axes[0].plot([r] * len(losses), losses, ".", color=line.get_color(), alpha=0.5)
-            axes[1].plot(ranks, [runs[0]["bytes"] / 1e6 for _, runs in drawn], "o-", label=label)
-    for panel, title in zip(axes, ("held-out loss, nats a token", "MB"), strict=True):
-        panel.set_title(title)
+    tasks = list(dict.fromkeys(run["task"] for run in data["runs"]))
+    figure, (*losses, sizes) = pyplot.subplots(1, len(tasks) + 1, figsize=(3 * len(tasks) + 3, 3))
+    for task, panel in zip(tasks, losses, strict=True):
+        panel.set_title(f"{task}: held-out loss, nats a token")
+        for layers, drawn in _by_rank(data, task):
+            ranks = list(drawn)
+            means = [_mean(runs, "held_out_loss") for runs in drawn.values()]
+            (line,) = panel.plot(ranks, means, "o-", label=layers)
+            for r, runs in drawn.items():
+                each = [run["held_out_loss"] for run in runs]
+                panel.plot([r] * len(each), each, ".", color=line.get_color(), alpha=0.5)
+    for layers, drawn in _by_rank(data, tasks[0]):
+        megabytes = [runs[0]["bytes"] / 1e6 for runs in drawn.values()]
+        sizes.plot(list(drawn), megabytes, "o-", label=layers)
+    sizes.set_title("MB")
+    for panel in (*losses, sizes):
         panel.set_xlabel("r (α = 2r)")
         panel.set_xscale("log", base=2)
+        panel.xaxis.set_major_formatter("{x:.0f}")
         panel.legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
+
+
+def _by_rank(data: Json, task: str) -> Iterator[tuple[str, dict[int, list[Json]]]]:
+    """The runs of a task by rank, for all seven layers and then for q and v."""
+    for layers, targets in (("all seven", SEVEN), ("q, v", QUERY_VALUE)):
+        cases = [case for case in CASES if case.targets == targets and case.name.startswith("r ")]
+        cases.sort(key=lambda case: case.r)
+        yield layers, {case.r: runs for case in cases if (runs := _runs(data, task, case.name))}
 
 
 def report(out: Path) -> None:
@@ -320,7 +327,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.choosing", description=__doc__)
     parser.add_argument("--base", type=Path, help="the base model as a folder")
-    parser.add_argument("--tasks", default="sql,code", help="which, with commas between them")
+    parser.add_argument("--tasks", default="sql,code,poetry", help="with commas between")
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks/results/choosing")
     parser.add_argument(
         "--work", type=Path, default=ROOT / ".cache/choosing", help="where the adapters are kept"
