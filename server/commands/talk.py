@@ -246,11 +246,11 @@ def compare(
     for thread in threads:
         thread.join()
     failures = [column.failure for column in columns if column.failure is not None]
-    if out.is_terminal and not as_json:
-        show(_side_by_side(columns))
     if as_json:
         show_json({"object": "comparison", "data": [column.as_dict() for column in columns]})
-    elif not out.is_terminal:
+    elif out.is_terminal:
+        show(_side_by_side(columns))
+    else:
         for column in columns:
             print(f"── {column.title}\n{column.text}\n")
     if failures and as_json:  # the rows have said so

@@ -59,6 +59,8 @@ RESERVED = {
     "worker_extension_cls",
 }
 
+LORA = "--enable-lora"
+
 # Set for vLLM where the operator has not: quiet, no telemetry, and a start method under which
 # the engine's processes run our plugin from the beginning.
 ENVIRONMENT = {
@@ -123,7 +125,7 @@ def parse(settings: Settings, folder: Path, linears: list[str]) -> Namespace:
     arguments = [
         *("--model", str(folder.resolve())),  # what is compiled is kept by this path
         *("--served-model-name", settings.base_name, "base"),
-        "--enable-lora",
+        LORA,
         *("--max-loras", str(settings.max_loras)),
         *("--max-cpu-loras", str(settings.host_capacity)),
         *("--max-lora-rank", str(settings.max_lora_rank)),
@@ -171,7 +173,7 @@ def check_flags(engine: list[str]) -> ArgumentParser:
         parser: ArgumentParser = make_arg_parser(Parser())
     except plugin.UnexpectedVllmError as error:
         raise ConfigError(str(error)) from None
-    args, unknown = parser.parse_known_args(engine)
+    args, unknown = parser.parse_known_args([LORA, *engine])
     if unknown:
         raise UsageError(
             f"neither loraplex nor vLLM has the setting {' '.join(unknown)} (as a flag, or in the "
@@ -179,7 +181,7 @@ def check_flags(engine: list[str]) -> ArgumentParser:
         )
     if args.model_tag is not None:
         raise UsageError(f"{args.model_tag} belongs to no flag")
-    _refuse_unused(args, parser.parse_args([]))
+    _refuse_unused(args, parser.parse_args([LORA]))
     return parser
 
 

@@ -78,6 +78,7 @@ def test_flags_of_vllm_that_are_taken(base_folder: Path, flags: tuple[str, ...])
     [
         ("--lora-modules", "sql=/srv/adapters/sql"),
         ("--lora-dtype", "float16"),
+        ("--quantization", "fp8", "other/base"),
         ("--lora-target-modules", "v_proj"),
         ("--fully-sharded-loras",),
         ("--default-mm-loras", '{"image": "x"}'),

@@ -100,9 +100,6 @@ def test_the_environment_names_the_server() -> None:
         (["serve", "other/base"], "--model other/base"),
         (["serve", "--served-model-name", "A", "B"], "B belongs to no flag"),
         (["serve", "--port", "abc"], "port"),
-        (["serve", "--bogus", "3", "--home", "."], "has the setting --bogus"),
-        (["serve", "--quantization", "fp8", "--home", ".", "--", "B"], "B belongs to no flag"),
-        (["serve", "--lora-modules", "a=b", "--home", "."], "--lora-modules"),
     ],
 )
 def test_wrong_usage(tmp_path: Path, arguments: list[str], said: str) -> None:
