@@ -1,6 +1,7 @@
 """Last of all: the server is killed, nothing of it stays, and it comes back as it was."""
 
 import contextlib
+import json
 import os
 import signal
 import threading
@@ -58,13 +59,16 @@ def test_killed_and_started_again(
 def test_ctrl_c_ends_the_server_and_all_of_it_when_what_runs_has_ended(server: Server) -> None:
     """A terminal sends it to all of the server's group, of which the engine is not."""
     asked = {"prompt": "On", "max_tokens": 60, "ignore_eos": True, "stream": True}
+    asked["stream_options"] = {"include_usage": True}
     assert server.process is not None
     processes = descendants(server.process.pid)
     with httpx.stream("POST", f"{server.url}/v1/completions", json=asked, timeout=60) as running:
         lines = running.iter_lines()
         next(lines)
         os.killpg(server.process.pid, signal.SIGINT)
-        assert "data: [DONE]" in list(lines)
+        said = [line for line in lines if line]
+    assert said[-1] == "data: [DONE]"
+    assert json.loads(said[-2].removeprefix("data: "))["usage"]["completion_tokens"] == 60
     assert server.process.wait(30) == 0, server.log
     assert gone(processes, within_s=5), alive(processes)
     assert os.path.exists(server.home / "registry.db")
