@@ -55,6 +55,11 @@ class Case:
     dropout: float = 0.05
     targets: tuple[str, ...] = SEVEN
 
+    @property
+    def by_rank(self) -> bool:
+        """Whether it is of the guide's α and dropout, at some rank."""
+        return self.name.startswith("r ")
+
 
 # The most telling first: who has little time has those.
 CASES = (
@@ -230,8 +235,7 @@ def table(data: Json, task: str) -> str:
 
 
 def _place(case: Case) -> tuple[bool, bool, int]:
-    of_rank = case.name.startswith("r ")
-    return not of_rank, case.targets != SEVEN, case.r if of_rank else 0
+    return not case.by_rank, case.targets != SEVEN, case.r if case.by_rank else 0
 
 
 def _runs(data: Json, task: str, name: str) -> list[Json]:
@@ -286,7 +290,7 @@ def plot(data: Json, path: Path) -> None:
 def _by_rank(data: Json, task: str) -> Iterator[tuple[str, dict[int, list[Json]]]]:
     """The runs of a task by rank, for all seven layers and then for q and v."""
     for layers, targets in (("all seven", SEVEN), ("q, v", QUERY_VALUE)):
-        cases = [case for case in CASES if case.targets == targets and case.name.startswith("r ")]
+        cases = [case for case in CASES if case.targets == targets and case.by_rank]
         cases.sort(key=lambda case: case.r)
         yield layers, {case.r: runs for case in cases if (runs := _runs(data, task, case.name))}
 

@@ -201,7 +201,7 @@ async def _audit(serving: Serving, say: Say) -> None:
     for digest, reason in audit.damaged.items():
         names = ", ".join(serving.registry.references_to(digest))
         say(f"not served any more: {names}: {reason} Upload the same files again to mend it.")
-    serving.let_go(audit.orphans)
+    await serving.let_go(audit.orphans)
 
 
 async def _watch(serving: Serving, say: Say) -> None:

@@ -35,10 +35,10 @@ def serve(settings: Settings) -> None:
     if settings.log_format == "json":
         logs.as_json()
     launch.prepare_environment(settings.home, settings.cpu_lora_op)
-    if settings.engine:  # before anything is made or fetched
-        launch.check_flags(settings.engine)
     keyed = _keyed(settings)
     listener = _listen(settings)
+    if settings.engine:  # after what is quick to see, before anything is made or fetched
+        launch.check_flags(settings.engine)
     settings.home.mkdir(parents=True, exist_ok=True)
     lock = _lock(settings.home)
     say(f"Loraplex {version('loraplex')}, state in {settings.home}")

@@ -2,7 +2,7 @@
 
 import asyncio
 import os
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 from watchfiles import awatch
@@ -45,7 +45,7 @@ class Watch:
         store: Store,
         registry: Registry,
         imports: Imports,
-        let_go: Callable[[list[str]], None],
+        let_go: Callable[[list[str]], Awaitable[None]],
         say: Callable[[str], None],
     ) -> None:
         self._root = root.expanduser().absolute()
@@ -167,7 +167,7 @@ class Watch:
                 continue
             except (AdapterNotFound, VersionNotFound):  # somebody else was quicker
                 continue
-            self._let_go(digests)
+            await self._let_go(digests)
             if but is None:
                 await asyncio.to_thread(self._registry.delete_if_empty, version.adapter)
                 self._say(f"{version.reference} is not served any more: its folder is gone")

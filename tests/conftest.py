@@ -1,7 +1,7 @@
 """What every test can use: the base model's folder, and PEFT adapters made for it."""
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -66,3 +66,12 @@ def make_adapter(base_folder: Path, tmp_path_factory: pytest.TempPathFactory) ->
         return folder
 
     return make
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """The browser of tests/browser.py, which whoever needs none does not load."""
+    from tests.browser import chromium
+
+    with chromium() as started:
+        yield started

@@ -307,7 +307,7 @@ def rm(
 def _all_of(client: httpx2.Client, name: str) -> str:
     """An adapter with all that goes when it does."""
     adapter = client.get(f"/v1/adapters/{name}").json()
-    count = len([each for each in adapter["versions"] if each["state"] != "deleted"])
+    count = len(adapter["versions"])
     aliases = sorted(adapter["aliases"].keys() - {"latest"})
     with_them = f" and the aliases {', '.join(aliases)}" if aliases else ""
     return f"{name} with {count} version{'s' * (count != 1)}{with_them}"

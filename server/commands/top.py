@@ -18,16 +18,22 @@ from rich.table import Table
 from rich.text import Text
 
 from server.commands.remote import LOCAL, Json, Unreachable, Url, server
-from server.commands.terminal import AsJson, interactive, number, out, show, show_json, table
+from server.commands.terminal import (
+    WIDE,
+    AsJson,
+    interactive,
+    number,
+    out,
+    show,
+    show_json,
+    table,
+)
 
 EVERY_S = 1.0
 ANSWER_S = 5.0  # that a server has to answer in
 EVENTS = 5  # shown at most
 BARS = "▁▂▃▄▅▆▇█"
 HISTORY = 30  # intervals shown
-WIDE = 116  # characters from which there is room for them
-# Where there are fewer, what can be missed goes before a figure or a name is cut.
-NARROW = {"gap\np50/p99 ms": 92, "errors": 84, "requests": 76, "first token\np50/p99 s": 66}
 NAME = 16  # characters of an adapter's name, at least
 
 
@@ -122,27 +128,29 @@ def _head(live: Json) -> RenderableType:
 
 
 def _adapters(live: Json, adapters: list[Json]) -> Table:
-    columns: dict[str, Callable[[Json], str]] = {
-        "adapter": lambda each: escape(each["adapter"]),
-        "loaded": lambda each: each["residency"] or "–",
-        "waits": lambda each: str(each["waiting"] or "–"),
-        "runs": lambda each: str(each["running"] or "–"),
-        "requests": lambda each: f"{each['requests']:,}",
-        "errors": lambda each: f"[red]{each['errors']:,}[/red]" if each["errors"] else "–",
-        "tokens/s": lambda each: number(each["tokens_per_s"], 1),
-        "first token\np50/p99 s": lambda each: _percentiles(each["first_token_s"], 1, 2),
-        "gap\np50/p99 ms": lambda each: _percentiles(each["token_gap_s"], 1000, 0),
-        f"tokens, {live['interval_s']:g} s each": lambda each: _history(live, each["adapter"]),
+    history = f"tokens, {live['interval_s']:g} s each"
+    # With each, from how many characters on it is shown: what can be missed goes before a name or a
+    # figure is cut.
+    columns: dict[str, tuple[int, Callable[[Json], str]]] = {
+        "adapter": (0, lambda each: escape(each["adapter"])),
+        "loaded": (0, lambda each: each["residency"] or "–"),
+        "waits": (0, lambda each: str(each["waiting"] or "–")),
+        "runs": (0, lambda each: str(each["running"] or "–")),
+        "requests": (76, lambda each: f"{each['requests']:,}"),
+        "errors": (84, lambda each: f"[red]{each['errors']:,}[/red]" if each["errors"] else "–"),
+        "tokens/s": (0, lambda each: number(each["tokens_per_s"], 1)),
+        "first token\np50/p99 s": (66, lambda each: _percentiles(each["first_token_s"], 1, 2)),
+        "gap\np50/p99 ms": (92, lambda each: _percentiles(each["token_gap_s"], 1000, 0)),
+        history: (116, lambda each: _history(live, each["adapter"])),
     }
-    *figures, history = list(columns)
-    shown = [name for name in figures if not out.is_terminal or out.width >= NARROW.get(name, 0)]
-    shown += [history] * (not out.is_terminal or out.width >= WIDE)
-    rows = table(*shown, right=[name for name in shown[2:] if name != history])
+    room = out.width if out.is_terminal else WIDE
+    shown = {title: cell for title, (least, cell) in columns.items() if room >= least}
+    rows = table(*shown, right=shown.keys() - {"adapter", "loaded", history})
     rows.columns[0].min_width, rows.columns[0].overflow = NAME, "ellipsis"
     for column in rows.columns[1:]:
         column.no_wrap = True
     for each in adapters:
-        rows.add_row(*(columns[name](each) for name in shown))
+        rows.add_row(*(cell(each) for cell in shown.values()))
     if not adapters:
         rows.add_row("[dim]nobody asked lately[/dim]")
     return rows

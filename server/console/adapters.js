@@ -7,6 +7,7 @@ import {
   bytes,
   count,
   date,
+  field,
   h,
   head,
   loading,
@@ -26,7 +27,6 @@ const ROWS = 100; // on one page of the table
 const WAIT_MS = 120; // after a key, until the table is searched
 const ARCHIVE = /\.(zip|tar|tgz|tar\.\w+)$/i;
 const PART = /^adapter_(config\.json|model\..+)$/; // of a folder; a checkpoint has more, and large
-const DROP = "Drop an adapter here: its folder, its files, or an archive.";
 
 const COLUMNS = [
   {
@@ -62,7 +62,7 @@ const COLUMNS = [
 
 /** What a row shows, of an adapter's newest version that can be served. */
 function row(adapter) {
-  const versions = adapter.versions.filter((each) => each.state !== "deleted");
+  const { versions } = adapter;
   const newest = versions.at(-1) || {};
   const tiers = new Set(versions.map((each) => each.residency));
   const state = versions.some((each) => each.state === "quarantined") ? "quarantined" : null;
@@ -104,13 +104,11 @@ export function open(place, query) {
     error: null,
     turn: 0,
   };
-  const search = h("input", {
+  const search = field({
     id: "search",
     type: "search",
     value: query.get("q") || "",
     placeholder: "name or alias",
-    autocomplete: "off",
-    spellcheck: "false",
   });
   const told = h("p", { class: "hint", role: "status" });
   const body = h("tbody");
@@ -295,28 +293,10 @@ function entrance(changed, find) {
   let suggested = "";
   let sending = null; // what cancels it
   let left = false;
-  const name = h("input", {
-    id: "name",
-    required: true,
-    autocomplete: "off",
-    spellcheck: "false",
-    placeholder: "mine",
-    oninput: warn,
-  });
-  const alias = h("input", {
-    id: "alias",
-    autocomplete: "off",
-    spellcheck: "false",
-    placeholder: "none",
-    oninput: warn,
-  });
-  const source = h("input", {
-    id: "source",
-    autocomplete: "off",
-    spellcheck: "false",
-    placeholder: "hf://org/name@main, s3://bucket/folder",
-  });
-  const picked = h("p", { class: "picked" }, DROP);
+  const name = field({ id: "name", required: true, placeholder: "mine", oninput: warn });
+  const alias = field({ id: "alias", placeholder: "none", oninput: warn });
+  const source = field({ id: "source", placeholder: "hf://org/name@main, s3://bucket/folder" });
+  const picked = h("p", { class: "picked" }, "Drop an adapter here: its folder, its files, or an archive.");
   const known = h("p", { class: "hint", role: "status" });
   const bar = h("progress", { max: 1, value: 0, hidden: true, "aria-label": "Progress" });
   const stage = h("p", { class: "hint", role: "status" });
@@ -530,7 +510,7 @@ async function unchanged(files) {
   try {
     await Promise.all(files.map((file) => file.slice(0, 1).arrayBuffer()));
   } catch {
-    throw new ApiError(-1, { message: "The files have changed since you chose them. Choose them again." });
+    throw new ApiError(null, { message: "The files have changed since you chose them. Choose them again." });
   }
 }
 

@@ -3,10 +3,10 @@
 import { forget, keep, read } from "./storage.js";
 
 const KEY = "loraplex.key";
-const BROKE_OFF = -1; // for a status: an answer that began and did not end
 
 export class ApiError extends Error {
-  /** `status` is 0 where nothing answered; `wait` is how many seconds the server says to wait. */
+  /** `status` is 0 where nothing answered, null where it is not the server that says no; `wait` is how many
+   * seconds the server says to wait. */
   constructor(status, { message, code, problems } = {}, wait = null) {
     super(message || `The server answered ${status}.`);
     this.status = status;
@@ -81,7 +81,7 @@ async function* events(reply) {
       got = await reader.read();
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      throw new ApiError(BROKE_OFF, { message: "The connection broke off." });
+      throw new ApiError(null, { message: "The connection broke off." });
     }
     if (got.done) return;
     const parts = (text + got.value).split("\n\n");
@@ -130,7 +130,7 @@ export async function chat(body, told, signal) {
     }
     told(said, outcome);
   }
-  if (!outcome.finish) throw new ApiError(BROKE_OFF, { message: "The answer broke off before its end." });
+  if (!outcome.finish) throw new ApiError(null, { message: "The answer broke off before its end." });
 }
 
 /** Has the server fetch an adapter; `told(import)` as it goes on. Returns the version. */
@@ -145,7 +145,7 @@ export async function bring(body, told) {
     if (event === "error") throw new ApiError(500, data.error);
     told(data);
   }
-  throw new ApiError(BROKE_OFF, {
+  throw new ApiError(null, {
     message: "The import's progress broke off; the adapter's page says how it ended.",
   });
 }
@@ -168,7 +168,7 @@ function send(path, form, told, signal) {
     request.upload.onprogress = (event) => event.lengthComputable && told(event.loaded / event.total);
     request.upload.onload = () => told(1);
     request.onerror = () =>
-      reject(new ApiError(BROKE_OFF, { message: "The connection broke off. Upload it again." }));
+      reject(new ApiError(null, { message: "The connection broke off. Upload it again." }));
     request.onabort = () => reject(new DOMException("It was cancelled.", "AbortError"));
     request.onload = () => resolve(request);
     signal.addEventListener("abort", () => request.abort());

@@ -206,14 +206,15 @@ export function bars(hours) {
 export function lines(title, series, step, say) {
   const [width, high, left, bottom] = [340, 150, 52, 22];
   const length = Math.max(2, ...series.map((each) => each.values.length));
-  const known = series.flatMap((each) => each.values).filter((each) => each !== null);
-  const most = ceiling(Math.max(...known, 0));
+  const known = series.map(({ name, values }) => {
+    const some = values.filter((value) => value !== null);
+    return { name, last: some.at(-1) ?? null, most: some.length ? Math.max(...some) : null };
+  });
+  const most = ceiling(Math.max(...known.map((each) => each.most), 0));
   const x = (index) => left + ((width - left - 8) * index) / (length - 1);
   const y = (value) => 8 + (high - bottom - 8) * (1 - value / most);
   const ago = (index) => `${Math.round(((length - 1 - index) * step) / 60)} min`;
-  const now = series
-    .map((each) => `${each.name} ${say(each.values.findLast((value) => value !== null) ?? null)}`)
-    .join(", ");
+  const now = known.map((each) => `${each.name} ${say(each.last)}`).join(", ");
   return figure(
     title,
     s(
@@ -248,10 +249,7 @@ export function lines(title, series, step, say) {
     ),
     numbers(
       ["adapter", "last", "most"],
-      series.map((each) => {
-        const some = each.values.filter((value) => value !== null);
-        return [each.name, say(some.at(-1) ?? null), say(some.length ? Math.max(...some) : null)];
-      }),
+      known.map((each) => [each.name, say(each.last), say(each.most)]),
     ),
   );
 }

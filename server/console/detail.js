@@ -10,6 +10,7 @@ import {
   confirmed,
   count,
   date,
+  field,
   h,
   head,
   loading,
@@ -40,10 +41,9 @@ export function open(place, name, query) {
     const turn = ++state.turn;
     try {
       const adapter = await call(path, { background });
-      const alive = adapter.versions.filter((each) => each.state !== "deleted");
-      const number = alive.some((each) => each.version === state.version)
+      const number = adapter.versions.some((each) => each.version === state.version)
         ? state.version
-        : alive.at(-1)?.version;
+        : adapter.versions.at(-1)?.version;
       const version = number === undefined ? null : await call(`${path}/versions/${number}`, { background });
       if (turn !== state.turn) return;
       show(wrong);
@@ -51,7 +51,7 @@ export function open(place, name, query) {
       const now = JSON.stringify([adapter, version]);
       if (now === state.shown) return;
       state.shown = now;
-      redraw(() => draw(adapter, alive, version));
+      redraw(() => draw(adapter, version));
     } catch (error) {
       if (turn !== state.turn) return;
       morph(wrong, trouble(error, "This adapter cannot be shown"));
@@ -85,9 +85,9 @@ export function open(place, name, query) {
   }
 
   /** The head of the page, with what can be done to all of it. */
-  function title(adapter, alive, ...more) {
+  function title(adapter, ...more) {
     const aliases = Object.keys(adapter.aliases).filter((each) => each !== "latest");
-    const lost = `It has ${plural(alive.length, "version")}${aliases.length ? ` and the aliases ${aliases.join(", ")}: all of them go` : ""}.`;
+    const lost = `It has ${plural(adapter.versions.length, "version")}${aliases.length ? ` and the aliases ${aliases.join(", ")}: all of them go` : ""}.`;
     return h(
       "div",
       { class: "row title" },
@@ -107,7 +107,7 @@ export function open(place, name, query) {
     load();
   }
 
-  function draw(adapter, alive, version) {
+  function draw(adapter, version) {
     state.version = version?.version ?? null;
     const imports = (adapter.imports || [])
       .filter((each) => !("version" in each))
@@ -119,7 +119,7 @@ export function open(place, name, query) {
     if (!version)
       return show(
         page,
-        title(adapter, alive, h("span", { class: "grow" })),
+        title(adapter, h("span", { class: "grow" })),
         imports,
         imports.length === 0 &&
           notice(
@@ -134,7 +134,6 @@ export function open(place, name, query) {
       page,
       title(
         adapter,
-        alive,
         tier(version.residency, version.pinned),
         h("span", { class: "grow" }),
         h("a", { class: "button primary", href: besideBase(version.reference) }, "Compare with the base"),
@@ -147,9 +146,9 @@ export function open(place, name, query) {
       ),
       imports,
       version.reason && notice("error", "It is not served", version.reason),
-      h("div", { class: "split" }, facts(version), aliases(adapter, alive)),
+      h("div", { class: "split" }, facts(version), aliases(adapter)),
       pictures(version),
-      versions(alive, version),
+      versions(adapter, version),
       usage(adapter.usage || []),
       said(version),
       h(
@@ -185,14 +184,9 @@ export function open(place, name, query) {
     );
   }
 
-  function aliases(adapter, alive) {
-    const alias = h("input", {
-      id: "new-alias",
-      placeholder: "prod",
-      autocomplete: "off",
-      spellcheck: "false",
-    });
-    const ready = alive.filter((each) => each.state === "ready").map((each) => each.version);
+  function aliases(adapter) {
+    const alias = field({ id: "new-alias", placeholder: "prod" });
+    const ready = adapter.versions.filter((each) => each.state === "ready").map((each) => each.version);
     const options = (chosen) =>
       ready.map((each) => h("option", { value: each, selected: each === chosen }, each));
     const number = h("select", { id: "new-alias-version", "aria-label": "Version" }, options(null).reverse());
@@ -294,8 +288,8 @@ export function open(place, name, query) {
     );
   }
 
-  function versions(alive, shown) {
-    const rows = alive.toReversed().map((each) =>
+  function versions(adapter, shown) {
+    const rows = adapter.versions.toReversed().map((each) =>
       h(
         "tr",
         { class: each.version === shown.version ? "here" : null },
@@ -333,7 +327,7 @@ export function open(place, name, query) {
                 remove(
                   each.reference,
                   `${path}/versions/${each.version}`,
-                  alive.length > 1 ? "The other versions stay." : "It is the only version.",
+                  adapter.versions.length > 1 ? "The other versions stay." : "It is the only version.",
                 ),
             },
             "Delete",

@@ -64,6 +64,11 @@ export function redraw(draw) {
   if (id) (document.getElementById(id) || document.querySelector("#main")).focus();
 }
 
+/** A line for names and the like, which no browser fills in or marks as misspelt. */
+export function field(attributes) {
+  return h("input", { autocomplete: "off", spellcheck: "false", ...attributes });
+}
+
 /** What shows that something is on its way. */
 export function loading(rows) {
   return h(

@@ -149,16 +149,17 @@ export function open(place) {
     const cells = state.places.slice(0, drawn).map((who) => {
       const each = now.resident.find((one, index) => id(one, index) === who);
       if (!each) return h("li", { class: "seat" }, h("span", { class: "hidden" }, "free"));
-      const name = each.reference || "somebody else's";
-      const about = `${each.references.join(", ") || name}: ${each.residency}, ${bytes(each.bytes)}${each.leases ? `, ${each.leases} running` : ""}${each.pinned ? ", pinned" : ""}`;
+      const [name] = (each.reference || "").split("@");
+      const called = each.reference || "somebody else's";
+      const about = `${each.references.join(", ") || called}: ${each.residency}, ${bytes(each.bytes)}${each.leases ? `, ${each.leases} running` : ""}${each.pinned ? ", pinned" : ""}`;
       return h(
         "li",
         {
           class: `seat ${each.residency}`,
           title: about,
-          style: { borderColor: state.colours.get(name.split("@")[0]) || OTHER },
+          style: { borderColor: state.colours.get(name) || OTHER },
         },
-        each.reference ? h("a", { href: pageOf(name.split("@")[0]) }, name) : h("span", {}, name),
+        name ? h("a", { href: pageOf(name) }, called) : h("span", {}, called),
         h(
           "span",
           { class: "small" },

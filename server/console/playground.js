@@ -1,7 +1,7 @@
 // One prompt, the base and up to three adapters side by side.
 
 import { call, chat, forSession } from "./api.js";
-import { copy, h, show, time, trouble } from "./dom.js";
+import { copy, field, h, show, time, trouble } from "./dom.js";
 import { forget as forgetKept, keep, read } from "./storage.js";
 
 const MOST = 4; // that answer side by side
@@ -44,13 +44,7 @@ function build() {
   const go = h("button", { type: "submit", class: "primary" }, "Ask");
   const chosen = h("ul", { class: "chips", "aria-label": "Who answers" });
   const names = h("datalist", { id: "names" });
-  const adding = h("input", {
-    id: "adding",
-    list: "names",
-    placeholder: ADD,
-    autocomplete: "off",
-    spellcheck: "false",
-  });
+  const adding = field({ id: "adding", list: "names", placeholder: ADD });
   const columns = h("div", { class: "columns", role: "group", "aria-label": "Answers" });
   const aloud = h("p", { class: "hidden", role: "status" });
   const past = h("ol", { class: "history" });
@@ -247,8 +241,7 @@ function build() {
 function references(adapters, name) {
   const adapter = adapters.find((each) => each.name === name);
   if (!adapter) return [];
-  const alive = adapter.versions.filter((each) => each.state !== "deleted");
-  const all = [...Object.keys(adapter.aliases), ...alive.map((each) => each.version)];
+  const all = [...Object.keys(adapter.aliases), ...adapter.versions.map((each) => each.version)];
   return all.map((each) => `${name}@${each}`);
 }
 

@@ -7,11 +7,13 @@ const place = (name, session) => `${session} ${name}`;
 const store = (session) => (session ? sessionStorage : localStorage);
 
 export function read(name, session = false) {
+  let kept = null;
   try {
-    return store(session).getItem(name) ?? here.get(place(name, session)) ?? "";
+    kept = store(session).getItem(name);
   } catch {
-    return here.get(place(name, session)) ?? "";
+    // What it would not keep is here.
   }
+  return kept ?? here.get(place(name, session)) ?? "";
 }
 
 /** `session`: only until this tab is closed. */

@@ -76,10 +76,11 @@ class Serving:
         if self.gateway is not None:
             self.gateway.residency.pin_only(kept)
 
-    def let_go(self, digests: list[str]) -> None:
-        """Removes versions that the registry has let go, each with its last lease."""
+    async def let_go(self, digests: list[str]) -> None:
+        """Removes versions that the registry has let go, each with its last lease, and pins."""
         if self.gateway is not None:
             self.gateway.retire(digests)
+            await self.settle_pins()
             return
         for digest in digests:  # no engine yet, so nobody uses them
             self.ingest.collect(digest)

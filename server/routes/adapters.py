@@ -274,16 +274,14 @@ async def delete_alias(
 @router.delete("/{name}")
 async def delete(name: Named, serving: Served) -> Json:
     """No new requests from now on; running ones finish, then the bytes go."""
-    serving.let_go(await run_sync(serving.registry.delete_adapter, name))
-    await serving.settle_pins()
+    await serving.let_go(await run_sync(serving.registry.delete_adapter, name))
     return {"object": "adapter", "name": name, "deleted": True}
 
 
 @router.delete("/{name}/versions/{version}")
 async def delete_version(name: Named, version: int, serving: Served) -> Json:
     """The same for one version; refused while an alias other than `latest` points to it."""
-    serving.let_go(await run_sync(serving.registry.delete_version, name, version))
-    await serving.settle_pins()
+    await serving.let_go(await run_sync(serving.registry.delete_version, name, version))
     return {"object": "adapter.version", "name": name, "version": version, "deleted": True}
 
 

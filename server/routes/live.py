@@ -55,7 +55,8 @@ async def live(
         for name in {base, *tokens, *counts, *tiers}
         if asker.sees(BASE if name == base else name)
     ]
-    names.sort(key=lambda name: (-sum(counts.get(name, ())), -tokens[name], name))
+    counts = {name: counts.get(name, (0, 0)) for name in names}
+    names.sort(key=lambda name: (-sum(counts[name]), -tokens[name], name))
     shown = names[:SHOWN]
     seconds = recent.looks_back(WINDOW_S)
     shows = {
@@ -71,12 +72,12 @@ async def live(
         "window_s": WINDOW_S,
         "totals": {
             "adapters": len(names),
-            "waiting": sum(counts.get(name, (0, 0))[0] for name in names),
-            "running": sum(counts.get(name, (0, 0))[1] for name in names),
+            "waiting": sum(waiting for waiting, _ in counts.values()),
+            "running": sum(running for _, running in counts.values()),
             "tokens_per_s": round(sum(tokens[name] for name in names) / seconds, 2),
         },
         "adapters": [
-            _adapter(name, recent.within(WINDOW_S, name), seconds, counts.get(name, (0, 0)))
+            _adapter(name, recent.within(WINDOW_S, name), seconds, counts[name])
             | {"residency": None if name == base else tiers.get(name, "disk")}
             for name in shown
         ],

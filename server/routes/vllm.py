@@ -51,6 +51,5 @@ async def unload(asked: UnloadRequest, serving: Served, asker: Asker) -> PlainTe
     if not asker.sees(asked.lora_name):
         raise no_adapter(asked.lora_name)
     digests: Any = await run_sync(serving.registry.delete_adapter, asked.lora_name)
-    serving.let_go(digests)
-    await serving.settle_pins()
+    await serving.let_go(digests)
     return PlainTextResponse(f"Success: LoRA adapter '{asked.lora_name}' removed successfully.")

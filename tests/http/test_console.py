@@ -12,7 +12,7 @@ from playwright.sync_api import Browser, expect
 
 from adapters import registry
 from server.routes.console import FOLDER
-from tests.browser import NARROW, NEEDED, WIDE, chromium, fits, is_accessible, page, picture
+from tests.browser import NARROW, NEEDED, WIDE, fits, is_accessible, page, picture
 from tests.conftest import MakeAdapter, with_base
 from tests.http.conftest import Running, reconfigure, serve, settings, upload
 
@@ -27,12 +27,6 @@ PAGES = {
     "adapter": "/#/adapters/one",
     "live": "/#/live",
 }
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as started:
-        yield started
 
 
 @pytest.fixture(scope="module")

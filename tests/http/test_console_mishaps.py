@@ -10,7 +10,7 @@ import pytest
 from playwright.sync_api import Browser, Page, Route, expect
 
 from adapters.folder import FILES
-from tests.browser import NARROW, NEEDED, chromium, fits, page
+from tests.browser import NARROW, NEEDED, fits, page
 from tests.conftest import MakeAdapter
 from tests.http.conftest import Running, reconfigure, upload
 
@@ -19,12 +19,6 @@ pytestmark = NEEDED
 LONG = "a" * 64
 PROMPT = "Where is Oslo?"
 ASK = "main button.primary"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as started:
-        yield started
 
 
 @pytest.fixture

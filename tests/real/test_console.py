@@ -10,7 +10,7 @@ from playwright.sync_api import Browser, Page, expect
 
 from adapters.demo import WEIGHTS
 from adapters.folder import FILES
-from tests.browser import NEEDED, chromium, is_accessible, page, picture
+from tests.browser import NEEDED, is_accessible, page, picture
 from tests.conftest import MakeAdapter, with_base
 from tests.http.conftest import reconfigure
 from tests.real.conftest import Server
@@ -23,12 +23,6 @@ QUESTION = (
     "CREATE TABLE readers (id INTEGER, name TEXT, city TEXT, loans INTEGER)\n\n"
     "Question: How many readers live in Oslo?"
 )
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Browser]:
-    with chromium() as started:
-        yield started
 
 
 @pytest.fixture
