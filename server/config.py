@@ -3,6 +3,7 @@
 import ipaddress
 import math
 import os
+from argparse import Action, ArgumentParser
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -40,7 +41,7 @@ class UsageError(ConfigError):
 
 
 class Settings(BaseSettings):
-    """What an operator can set; `--max-loras 4` and `LORAPLEX_MAX_LORAS=4` are the same."""
+    """What an operator can set: `--port 80` or `LORAPLEX_PORT=80`. Any other flag goes to vLLM."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX,
@@ -269,7 +270,9 @@ class Settings(BaseSettings):
             UsageError: a value that is not what it must be, or what is no flag.
             SystemExit: `--help` was asked for (it has been printed).
         """
-        source: CliSettingsSource[Any] = CliSettingsSource(cls, cli_parse_args=arguments)
+        source: CliSettingsSource[Any] = CliSettingsSource(
+            cls, cli_parse_args=arguments, add_argument_method=_add_argument
+        )
         try:
             settings = cls(_cli_settings_source=source)  # type: ignore[call-arg]
         except ValidationError as error:
@@ -303,6 +306,26 @@ class Settings(BaseSettings):
         if self.served_model_name:
             return self.served_model_name
         return Path(self.model).name if Path(self.model).expanduser().is_dir() else self.model
+
+
+# What `--help` calls values: pydantic-settings has the names of Python's types.
+_VALUES = {
+    "str": "TEXT",
+    "int": "N",
+    "float": "N",
+    "Path": "PATH",
+    "SecretStr": "KEY",
+    "tuple[str,...]": "TEXT,…",
+    "dict[str,float]": "NAME=N,…",
+}
+
+
+def _add_argument(parser: ArgumentParser, *names: str, **about: Any) -> Action:
+    if "metavar" in about:
+        about["metavar"] = _VALUES.get(about["metavar"], about["metavar"])
+    for nothing in ("None", "()", "{}"):
+        about["help"] = about["help"].removesuffix(f" (default: {nothing})")
+    return parser.add_argument(*names, **about)
 
 
 def _engine_flags_of_environment(settings: type[Settings]) -> list[str]:

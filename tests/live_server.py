@@ -20,6 +20,12 @@ def adapter(name: str, **more: Any) -> dict[str, Any]:
     }
 
 
+def event(what: str, *references: str, at: float, seconds: float | None = None) -> dict[str, Any]:
+    """Something that happened to the version that these adapters have."""
+    named = {"reference": references[0], "references": list(references)}
+    return {"at": at, "event": what, **named, "seconds": seconds}
+
+
 def live(**more: Any) -> dict[str, Any]:
     """What /v1/live says of a server with some traffic."""
     busy = {"first_token_s": {"p50": 0.21, "p99": 0.4}, "token_gap_s": {"p50": 0.031, "p99": 0.05}}
@@ -42,8 +48,8 @@ def live(**more: Any) -> dict[str, Any]:
             adapter("base", residency=None),
         ],
         "events": [
-            {"at": NOW - 9, "event": "loaded", "reference": "sql@1", "seconds": 0.12},
-            {"at": NOW - 5, "event": "load_failed", "reference": "broken@1", "seconds": None},
+            event("loaded", "sql@1", "database@4", at=NOW - 9, seconds=0.12),
+            event("load_failed", "broken@1", at=NOW - 5),
         ],
         **{"interval_s": 5, "history": steps},
         **more,

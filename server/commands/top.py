@@ -176,8 +176,7 @@ def _event(event: Json) -> RenderableType:
     when = time.strftime("%H:%M:%S", time.localtime(event["at"]))
     took = f" in {event['seconds']:.2f} s" if event.get("seconds") else ""
     what = event["event"].replace("_", " ")
-    who = event["reference"] or "an adapter that this key does not see"
-    return Text(f"{when}  {what}{took}  {who}", style)
+    return Text(f"{when}  {what}{took}  {', '.join(event['references'])}", style)
 
 
 def _duration(seconds: float) -> str:

@@ -44,7 +44,8 @@ export function morph(place, ...children) {
 
 function mend(old, wanted) {
   if (old.nodeType === Node.TEXT_NODE) {
-    old.data = wanted.data;
+    const kept = wanted.data.startsWith(old.data) ? old.length : 0; // what is marked in it stays so
+    old.replaceData(kept, old.length, wanted.data.slice(kept));
     return;
   }
   const had = [...old.attributes].filter(({ name }) => !wanted.hasAttribute(name));

@@ -277,13 +277,13 @@ const WORDS = {
   load_failed: "could not be loaded",
 };
 
-function event({ at, event: what, reference, seconds }) {
+function event({ at, event: what, references, seconds }) {
   return h(
     "li",
     { class: what },
     h("time", {}, new Date(at * 1000).toLocaleTimeString()),
     " ",
-    h("strong", {}, reference),
+    h("strong", {}, references.join(", ")),
     ` ${WORDS[what] || what}`,
     seconds === null ? "" : `, in ${time(seconds)}`,
   );

@@ -1,7 +1,7 @@
 // One prompt, the base and up to three adapters side by side.
 
 import { call, chat, forSession } from "./api.js";
-import { copy, field, h, show, time, trouble } from "./dom.js";
+import { copy, field, h, morph, show, time, trouble } from "./dom.js";
 import { forget as forgetKept, keep, read } from "./storage.js";
 
 const MOST = 4; // that answer side by side
@@ -10,6 +10,8 @@ const KEPT_LENGTH = 500_000; // characters of it
 const HISTORY = "loraplex.history";
 const SHOWN = 100; // names that are offered
 const ADD = "add an adapter: sql, sql@2, sql@prod";
+const FENCED = /^```[^\n]*\n([\s\S]*?)(?:^```[ \t]*(?:\n|$)|$(?![\s\S]))/m;
+const QUOTED = /`([^`\n]+)`/;
 const SHORT_S = 0.05; // no speed is told of a shorter stream
 
 // Made once: who looks at another page finds answers and prompt again, and what streams goes on.
@@ -245,8 +247,20 @@ function references(adapters, name) {
   return all.map((each) => `${name}@${each}`);
 }
 
+/** A reply as nodes to morph: what it fences or quotes as code, and text. */
+function formatted(reply) {
+  const text = (part) =>
+    part
+      .split(QUOTED)
+      .map((each, odd) => (odd % 2 ? h("code", {}, each) : each && document.createTextNode(each)));
+  return reply
+    .split(FENCED)
+    .flatMap((part, odd) => (odd % 2 ? h("code", { class: "block" }, part.trimEnd()) : text(part)));
+}
+
 /** One who answers: its element, and `run`, which asks and returns how it went, in words. */
 function column(model) {
+  let said = "";
   const text = h("div", {
     class: "answer",
     role: "group",
@@ -287,17 +301,19 @@ function column(model) {
 
   function say(piece) {
     const atEnd = text.scrollHeight - text.scrollTop - text.clientHeight < 20;
-    text.append(piece);
+    said += piece;
+    morph(text, formatted(said));
     if (atEnd) text.scrollTop = text.scrollHeight;
   }
 
   async function run(body, signal) {
+    said = "";
     show(text);
     show(note, h("p", { class: "hint" }, "waiting…"));
     show(facts);
     version.textContent = "";
     const kinds = [
-      ["Copy", () => copy(text.textContent, `the answer of ${model}`)],
+      ["Copy", () => copy(said, `the answer of ${model}`)],
       ["curl", () => copy(asCurl(body), "the request as curl")],
       ["Python", () => copy(asPython(body), "the request as Python")],
     ];
@@ -316,14 +332,14 @@ function column(model) {
         },
         signal,
       );
-      if (!text.textContent) show(note, h("p", { class: "hint" }, "It answered nothing."));
+      if (!said) show(note, h("p", { class: "hint" }, "It answered nothing."));
       return `${model} has answered`;
     } catch (error) {
       if (error.name === "AbortError") {
         show(note, h("p", { class: "hint" }, "stopped"));
         return `${model} was stopped`;
       }
-      const title = text.textContent ? `${model} did not finish` : `${model} did not answer`;
+      const title = said ? `${model} did not finish` : `${model} did not answer`;
       show(note, trouble(error, title));
       return title;
     } finally {

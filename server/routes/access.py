@@ -70,6 +70,8 @@ ACCESS: dict[tuple[str, str], str | None] = {
 INFERENCE = {route for route, scope in ACCESS.items() if scope == INFER and route[0] == "POST"}
 # What a server that ends goes on answering.
 _TO_THE_END = {"/health", "/metrics"}
+# They do not count for a key's limits: who has used them up may see so, and watching uses up none.
+_LOOKS = {"GET", "HEAD"}
 
 
 class Guard:
@@ -88,7 +90,8 @@ class Guard:
         state = scope.setdefault("state", {})
         try:
             state["key"] = key = await self._admit(request)
-            serving.quotas.enter(key)
+            if counts := scope["method"] not in _LOOKS:
+                serving.quotas.enter(key)
         except ServerError as error:
             await respond(request, error)(scope, receive, send)
             return
@@ -97,8 +100,9 @@ class Guard:
             await self._app(scope, receive, send)
         finally:
             serving.under_way -= 1
-            call = state.get("call")
-            serving.quotas.leave(key, call.prompt_tokens + call.output_tokens if call else 0)
+            if counts:
+                call = state.get("call")
+                serving.quotas.leave(key, call.prompt_tokens + call.output_tokens if call else 0)
 
     async def _admit(self, request: Request) -> Key:
         """Who asks. Raises NoKey, Forbidden, and EngineNotReady when the server is ending."""

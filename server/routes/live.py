@@ -133,11 +133,12 @@ def _adapter(name: str, work: Work, seconds: float, counts: tuple[int, int]) -> 
 
 
 def _event(event: Event, references: References) -> Json:
-    reference = references[event.digest][0]
+    seen = references[event.digest]
     return {
         "at": event.at,
         "event": event.what,
-        "reference": reference,
+        "reference": seen[0],
+        "references": seen,
         "seconds": None if event.seconds is None else round(event.seconds, 3),
     }
 

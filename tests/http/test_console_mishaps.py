@@ -224,6 +224,21 @@ def test_what_is_copied_is_the_answer_alone(shown: Page) -> None:
     assert shown.locator(".answer").inner_text() == ""
 
 
+def test_code_is_shown_as_code_however_it_comes(shown: Page) -> None:
+    """Fences may come in halves, and markup in them is text."""
+    shown.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    pieces = ("Use `now", "()`:\n\n``", "`sql\nSELECT <b>1</b>;\n", "`", "``\nor\n```\nSELECT", " 2")
+    shown.route("**/chat/completions", streamed(*pieces))
+    shown.goto("/#/?adapters=base")
+    ask(shown)
+    expect(shown.locator(".answer .block")).to_have_text(["SELECT <b>1</b>;", "SELECT 2"])
+    expect(shown.locator(".answer code:not(.block)")).to_have_text(["now()"])
+    assert "`" not in shown.locator(".answer").inner_text()
+    shown.click(".tools >> text=Copy")
+    expect(shown.locator(".toast")).to_contain_text("Copied")
+    assert shown.evaluate("navigator.clipboard.readText()") == "".join(pieces)
+
+
 def test_a_key_held_down_asks_once(shown: Page) -> None:
     asked = []
     shown.route("**/chat/completions", lambda route: asked.append(route))

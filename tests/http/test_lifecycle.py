@@ -582,9 +582,15 @@ def test_what_is_dropped_into_a_watched_folder_is_served_until_it_is_gone(
             until(lambda: any("later is not served yet" in line for line in server.said))
         until(lambda: versions("later") == [1])
 
+        assert upload(client, "twin", shelf / "dropped").status_code == 201
         client.put("/v1/adapters/early/aliases/prod", json={"version": 1})
+        for what in ("load", "pin"):
+            assert client.post(f"/v1/adapters/dropped/{what}").status_code == 200
         shutil.rmtree(shelf / "dropped")
         until(lambda: client.get("/v1/adapters/dropped").status_code == 404)
+        # Its twin has the same bytes; the pin was not of it.
+        until(lambda: not any(each["pinned"] for each in client.get("/v1/live").json()["resident"]))
+        assert client.get("/v1/adapters/twin").json()["versions"][0]["residency"] != "disk"
         shutil.rmtree(shelf / "early")
         until(lambda: any("early@1 is what prod points to" in line for line in server.said))
         assert versions("early") == [1]

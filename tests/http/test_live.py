@@ -4,7 +4,8 @@ from typing import Any
 
 import httpx
 
-from tests.http.conftest import HOST, SLOTS, Running, cool
+from tests.conftest import MakeAdapter
+from tests.http.conftest import HOST, SLOTS, Running, cool, upload
 
 
 def say(http: httpx.Client, model: str, **more: Any) -> None:
@@ -66,3 +67,17 @@ def test_a_stream_counts_while_it_runs(http: httpx.Client, running: Running) -> 
         [base] = [each for each in adapters if each["adapter"] == "smollm2-135m-instruct"]
         assert base["running"] == 1
         assert base["tokens_per_s"] > 0
+
+
+def test_an_event_names_all_who_have_the_bytes(http: httpx.Client, make_adapter: MakeAdapter) -> None:
+    folder = make_adapter(991)
+    for name in ("same.one", "same.two"):
+        assert upload(http, name, folder).status_code == 201
+    cool(http)  # the proof has loaded it
+    begin = http.get("/v1/live").json()["now"]
+    assert http.post("/v1/adapters/same.two/load").status_code == 200
+    loaded = http.get("/v1/live", params={"since": begin}).json()["events"][0]
+    assert loaded["event"] == "loaded"
+    assert loaded["references"] == ["same.one@1", "same.two@1"]
+    for name in ("same.one", "same.two"):
+        assert http.delete(f"/v1/adapters/{name}").status_code == 200

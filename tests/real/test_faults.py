@@ -40,7 +40,6 @@ SLOW_DISK = Path(__file__).with_name("slow_disk")
 DISK_MB = 256
 ASKED = {"prompt": "The sea", "max_tokens": 8, "temperature": 0}
 OTHERS = ("one", "two", "three")  # as many as the host cache holds
-ROUNDS = 10
 WILD = 6  # uploads: half of them would be noticed if their NaN stayed in memory
 FLAGS = ("--no-demo-adapters", "--max-loras", "2", "--max-cpu-loras", "3", "--max-lora-rank", "8")
 TIMES = ("--load-timeout", str(LOAD_S), "--engine-timeout", str(SILENCE_S))
@@ -199,13 +198,13 @@ class Site:
                 assert reply.json()["residency"] == "disk", reply.text
 
     def cold(self, name: str) -> "Victim":
-        """A new adapter that others have pushed out of the engine."""
+        """A new adapter that is not in the engine any more."""
         folder = self.adapter()
         reply = upload(self.client, name, folder)
         assert reply.status_code == 201, reply.text
         victim = Victim(self, name, reply.json()["digest"], folder, self.said(name))
         assert victim.text != self.said("base"), "it would not be missed"
-        victim.evict()
+        victim.leave()
         return victim
 
     def slowly(self, seconds: float) -> contextlib.AbstractContextManager[None]:
@@ -263,14 +262,10 @@ class Victim:
             for name in FILES:
                 writable(lambda file, source=source: copy(source / file.name, file))(to / name)
 
-    def evict(self) -> None:
-        """Others are used until it is worth less than any of them."""
-        for _ in range(ROUNDS):
-            for other in OTHERS:
-                self.site.said(other)
-            if self.site.version(self.name)["residency"] == "disk":
-                return
-        raise AssertionError(f"{self.name} stays loaded")
+    def leave(self) -> None:
+        """Whoever asks for it next has it read from disk."""
+        reply = self.site.client.post(f"/v1/adapters/{self.name}/unload")
+        assert reply.json()["residency"] == "disk", reply.text
 
     def serves(self) -> None:
         """With nobody beside it, so that it says the same to the bit."""
@@ -458,7 +453,7 @@ def test_nan_in_the_engine_is_nobody_elses(site: Site) -> None:
     with site.streams():
         assert site.ask(victim.name).status_code in (200, 500)
     assert site.said("base") == before
-    victim.evict()
+    victim.leave()
     assert len(Store(site.server.home / "store").damaged_forms(victim.digest)) == 1
     victim.serves()
 

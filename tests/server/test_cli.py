@@ -140,6 +140,9 @@ def test_help_lists_every_setting(home: Path) -> None:
     assert done.returncode == 0
     for flag in ("--max-loras", "--model", "--home", "--port", "--max-lora-rank"):
         assert flag in done.stdout
+    assert "Any other flag goes to vLLM" in " ".join(done.stdout.split())
+    for python in ("tuple[", "dict[", "SecretStr", "None", " int"):
+        assert python not in done.stdout
 
 
 def verify(home: Path) -> subprocess.CompletedProcess[str]:
