@@ -227,7 +227,14 @@ def test_what_is_copied_is_the_answer_alone(shown: Page) -> None:
 def test_code_is_shown_as_code_however_it_comes(shown: Page) -> None:
     """Fences may come in halves, and markup in them is text."""
     shown.context.grant_permissions(["clipboard-read", "clipboard-write"])
-    pieces = ("Use `now", "()`:\n\n``", "`sql\nSELECT <b>1</b>;\n", "`", "``\nor\n```\nSELECT", " 2")
+    pieces = (
+        "Use `now",
+        "()`:\n\n``",
+        "`sql\nSELECT <b>1</b>;\n",
+        "`",
+        "``\nor\n```\nSELECT",
+        " 2",
+    )
     shown.route("**/chat/completions", streamed(*pieces))
     shown.goto("/#/?adapters=base")
     ask(shown)

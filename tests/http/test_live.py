@@ -69,7 +69,9 @@ def test_a_stream_counts_while_it_runs(http: httpx.Client, running: Running) -> 
         assert base["tokens_per_s"] > 0
 
 
-def test_an_event_names_all_who_have_the_bytes(http: httpx.Client, make_adapter: MakeAdapter) -> None:
+def test_an_event_names_all_who_have_the_bytes(
+    http: httpx.Client, make_adapter: MakeAdapter
+) -> None:
     folder = make_adapter(991)
     for name in ("same.one", "same.two"):
         assert upload(http, name, folder).status_code == 201
