@@ -1,5 +1,6 @@
 """What every test can use: the base model's folder, and PEFT adapters made for it."""
 
+import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -29,8 +30,11 @@ MakeAdapter = Callable[..., Path]
 
 @pytest.fixture(scope="session")
 def base_folder() -> Path:
-    """The default base model, converted once for all test runs."""
-    return base_model.fetch(Settings.read(["--home", str(CACHE)]), print)
+    """The default base model, converted once for all test runs, by one of their processes."""
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with (CACHE / "base.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return base_model.fetch(Settings.read(["--home", str(CACHE)]), print)
 
 
 @pytest.fixture

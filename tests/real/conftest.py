@@ -16,6 +16,7 @@ import pytest
 import torch
 from xdist.scheduler import LoadScopeScheduling
 
+from tests.conftest import with_base
 from tests.real.collector import Collector, collecting
 
 ENGINES_OF_THEIR_OWN = {
@@ -32,6 +33,7 @@ ENGINES_OF_THEIR_OWN = {
 # the first, which is a single test, is given the third at once, to wait behind it.
 FIRST = ("test_soak", "test_faults", "test_order")
 START_S = 300  # the first start of all compiles the model: 90 on a quiet machine
+ADMIN_KEY = "the-operators-own-key"
 LEFT_S = 20  # until what a test has left under way must be done
 COMPARED_S = 2  # until the server has compared what the engine has with what it should have
 
@@ -46,6 +48,8 @@ class Server:
         self._command = [str(Path(sys.executable).with_name("loraplex")), "serve", *flags]
         self._command += ["--home", str(home), "--port", str(self.port)]
         self._environment = os.environ | environment
+        key = environment.get("LORAPLEX_ADMIN_KEY")
+        self.headers = {"authorization": f"Bearer {key}"} if key else {}
         self._log = home / "server.log"
         self.home = home
         self.process: subprocess.Popen[bytes] | None = None
@@ -190,6 +194,18 @@ def collector() -> Iterator[Collector]:
 @pytest.fixture(scope="session")
 def server(session_home: Path, collector: Collector) -> Iterator[Server]:
     server = Server(session_home, "--compile", "--otlp-traces-endpoint", collector.url)
+    server.start()
+    yield server
+    server.end()
+
+
+@pytest.fixture(scope="session")
+def guarded(tmp_path_factory: pytest.TempPathFactory, base_folder: Path) -> Iterator[Server]:
+    """A server that wants keys. It runs as on a machine without a compiler: adapters go by the op
+    in torch, and vLLM's sampling has to do without as well."""
+    home = with_base(tmp_path_factory.mktemp("guarded"), base_folder)
+    environment = {"LORAPLEX_ADMIN_KEY": ADMIN_KEY, "_LORAPLEX_CPU_LORA_OP": "torch"}
+    server = Server(home, CXX="no-compiler", **environment)
     server.start()
     yield server
     server.end()

@@ -1,7 +1,7 @@
 """Run as a program: the engine with each number of slots, on mixed batches; prints the replies.
 
-`python -m tests.real.every_max_loras PROCESS BASE ADAPTER…`: adapters are PEFT folders. For each
-number of slots in SLOTS, of which each process takes its part, one batch with a base row, one
+`python -m tests.real.every_max_loras SLOTS BASE ADAPTER…`: adapters are PEFT folders. For each
+number of slots in SLOTS, given as JSON, one batch with a base row, one
 row for each of as many adapters as there are slots and one more (so that slots are used again),
 short and long prompts that are cut into chunks, in shuffled order; then the same once more, out of
 the prefix cache. The engine runs in this process: starting a server for each would take minutes.
@@ -18,16 +18,15 @@ from tests.conftest import SEVEN, THOROUGH
 
 MOST = 16
 SLOTS = tuple(range(1, MOST + 1)) if THOROUGH else (1, 5, MOST)
-PROCESSES = 2  # most of an engine's start keeps one core busy
 TOKENS = 6
 CHUNK = 48  # tokens a step computes at most: longer prompts are cut
 
 
-def main(process: int, base: str, adapters: list[str]) -> None:
+def main(numbers: list[int], base: str, adapters: list[str]) -> None:
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"  # GiB; each engine zeroes all of it
     print(f"op: {op.form()}")
-    for slots in SLOTS[process::PROCESSES]:
+    for slots in numbers:
         print(json.dumps(replies(base, adapters, slots)), flush=True)
 
 
@@ -90,4 +89,4 @@ def replies(base: str, adapters: list[str], slots: int) -> list[dict[str, object
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]), sys.argv[2], sys.argv[3:])
+    main(json.loads(sys.argv[1]), sys.argv[2], sys.argv[3:])

@@ -11,13 +11,12 @@ from playwright.sync_api import Browser, Page, expect
 from adapters.demo import WEIGHTS
 from adapters.folder import FILES
 from tests.browser import NEEDED, is_accessible, page, picture
-from tests.conftest import MakeAdapter, with_base
+from tests.conftest import MakeAdapter
 from tests.http.conftest import reconfigure
 from tests.real.conftest import Server
 
 pytestmark = NEEDED
 
-ADMIN_KEY = "the-operators-own-key"
 QUESTION = (
     "Write one SQLite query that answers the question. Reply with the query only.\n\n"
     "CREATE TABLE readers (id INTEGER, name TEXT, city TEXT, loans INTEGER)\n\n"
@@ -29,17 +28,6 @@ QUESTION = (
 def shown(browser: Browser, server: Server) -> Iterator[Page]:
     with page(browser, server.url) as opened:
         yield opened
-
-
-@pytest.fixture
-def guarded(base_folder: Path, tmp_path: Path) -> Iterator[Server]:
-    """A server that wants keys."""
-    server = Server(with_base(tmp_path / "home", base_folder), LORAPLEX_ADMIN_KEY=ADMIN_KEY)
-    try:
-        server.start()
-        yield server
-    finally:
-        server.end()
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -136,8 +124,7 @@ def test_a_key_may_do_what_it_may(
     browser: Browser, guarded: Server, make_adapter: MakeAdapter
 ) -> None:
     asked = {"name": "one team", "scopes": ["infer", "adapters:read"], "adapters": ["sql"]}
-    bearer = {"authorization": f"Bearer {ADMIN_KEY}"}
-    made = httpx.post(f"{guarded.url}/v1/keys", json=asked, headers=bearer).json()
+    made = httpx.post(f"{guarded.url}/v1/keys", json=asked, headers=guarded.headers).json()
     with page(browser, guarded.url) as shown:
         shown.goto("/#/adapters")
         expect(shown.locator("#ask-key-why")).to_contain_text("wants an API key")
@@ -155,5 +142,5 @@ def test_a_key_may_do_what_it_may(
         expect(shown.locator(".answer").first).to_contain_text("SELECT")
         expect(shown.locator(".column").last).to_contain_text("code did not answer")
         expect(shown.locator(".column").last).to_contain_text("no adapter")
-    listed = httpx.get(f"{guarded.url}/v1/adapters", headers=bearer).json()["data"]
+    listed = httpx.get(f"{guarded.url}/v1/adapters", headers=guarded.headers).json()["data"]
     assert [each["name"] for each in listed] == ["code", "poetry", "sql"]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import MakeAdapter
-from tests.real.every_max_loras import MOST, PROCESSES, SLOTS
+from tests.real.every_max_loras import MOST, SLOTS
 from tests.real.reference import Reference, Reply, gap
 
 # Ranks, and which linears an adapter is for: parts of fused layers, a part of the model's layers,
@@ -25,13 +25,16 @@ KINDS: tuple[dict[str, Any], ...] = (
     {"rank": 16, "rank_pattern": {"k_proj": 4, "gate_proj": 32}},
 )
 
+# A process for each: most of an engine's start keeps no more than one busy.
+CORES = sorted(os.sched_getaffinity(0))[: len(SLOTS)]
+
 
 @pytest.mark.timeout(900)
 def test_every_row_is_what_peft_says(base_folder: Path, make_adapter: MakeAdapter) -> None:
     kinds = [KINDS[i % len(KINDS)] for i in range(MOST + 1)]
     folders = [make_adapter(100 + i, std=0.01, **kind) for i, kind in enumerate(kinds)]
     with ThreadPoolExecutor() as pool:
-        found = pool.map(lambda each: replies(each, base_folder, folders), range(PROCESSES))
+        found = pool.map(lambda core: replies(core, base_folder, folders), range(len(CORES)))
         answers = list(itertools.chain(*found))
     assert {answer["slots"] for answer in answers} == set(SLOTS)
 
@@ -52,11 +55,11 @@ def asked(answer: dict[str, Any]) -> tuple[str, tuple[int, ...], tuple[int, ...]
     return name, tuple(answer["prompt"]), tuple(answer["tokens"])
 
 
-def replies(process: int, base: Path, folders: list[Path]) -> list[dict[str, Any]]:
-    """What one of the processes says, which runs on a core of its own."""
-    cores = sorted(os.sched_getaffinity(0))
-    os.sched_setaffinity(0, {cores[process % len(cores)]})  # this thread's, which its child has too
-    command = [sys.executable, "-m", "tests.real.every_max_loras", str(process), str(base)]
+def replies(core: int, base: Path, folders: list[Path]) -> list[dict[str, Any]]:
+    """What a process on one of the cores says, for its part of the numbers of slots."""
+    os.sched_setaffinity(0, {CORES[core]})  # this thread's, which its child has too
+    slots = json.dumps(SLOTS[core :: len(CORES)])
+    command = [sys.executable, "-m", "tests.real.every_max_loras", slots, str(base)]
     done = subprocess.run(
         [*command, *map(str, folders)], capture_output=True, text=True, timeout=600
     )

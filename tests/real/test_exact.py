@@ -53,22 +53,17 @@ def target(
     base_folder: Path,
     form: str,
 ) -> Iterator[Server]:
-    if form == "op":
-        server = request.getfixturevalue("server")
-        assert SLOW_FORM not in server.log
-        yield server
-        return
-    home = with_base(tmp_path_factory.mktemp("target"), base_folder)
-    if form == "op in torch":
-        # As on a machine without a compiler, where vLLM's sampling has to do without as well.
-        server = Server(home, _LORAPLEX_CPU_LORA_OP="torch", CXX="no-compiler")
-    else:
+    if form == "op off":
+        home = with_base(tmp_path_factory.mktemp("target"), base_folder)
         server = Server(home, OFF)
-    server.start()
+        server.start()
+    else:
+        server = request.getfixturevalue("server" if form == "op" else "guarded")
     assert (SLOW_FORM in server.log) == (form == "op in torch")
     assert (OFF in server.log) == (form == "op off")
     yield server
-    server.end()
+    if form == "op off":
+        server.end()
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +111,9 @@ def _id(token: str) -> int:
 async def together(
     server: Server, asked: list[tuple[str, list[int]]], tokens: int = TOKENS
 ) -> list[Reply]:
-    async with httpx.AsyncClient(base_url=server.url, timeout=120) as client:
+    async with httpx.AsyncClient(
+        base_url=server.url, headers=server.headers, timeout=120
+    ) as client:
         asking = (ask(client, name, prompt, max_tokens=tokens) for name, prompt in asked)
         return await asyncio.gather(*asking)
 
@@ -188,7 +185,9 @@ async def test_prefill_and_decode_in_one_batch(
 ) -> None:
     """Long prompts arrive while others decode: steps that hold both kinds of rows."""
     long = prompts["sql"] * 12
-    async with httpx.AsyncClient(base_url=target.url, timeout=120) as client:
+    async with httpx.AsyncClient(
+        base_url=target.url, headers=target.headers, timeout=120
+    ) as client:
         running = asyncio.gather(
             *(ask(client, name, prompts[name], max_tokens=40) for name in NAMES)
         )
@@ -212,7 +211,7 @@ def test_streams_tell_the_same_tokens(target: Server, prompts: Any) -> None:
         "max_tokens": TOKENS,
         "temperature": 0,
     }
-    with httpx.Client(base_url=target.url, timeout=120) as client:
+    with httpx.Client(base_url=target.url, headers=target.headers, timeout=120) as client:
         whole = client.post("/v1/completions", json=asked).json()["choices"][0]["text"]
         lines = client.post("/v1/completions", json=asked | {"stream": True}).text.splitlines()
     events = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]

@@ -32,10 +32,10 @@ from tests.real.test_lifecycle import bent, refused, scaled
 
 pytestmark = pytest.mark.timeout(2 * START_S)  # a start, and what is done with it
 
-LOAD_S = 20  # that a load may take
-SILENCE_S = 20  # that the engine may be silent
+LOAD_S = 12  # that a load may take
+SILENCE_S = 15  # that the engine may be silent
 SLOW_S = 6.0
-STREAMS, TOKENS = 4, 60
+STREAMS, TOKENS = 4, 30
 SLOW_DISK = Path(__file__).with_name("slow_disk")
 DISK_MB = 256
 ASKED = {"prompt": "The sea", "max_tokens": 8, "temperature": 0}

@@ -122,8 +122,7 @@ def test_keys_on_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("flags", "environment", "said"),
     [
-        (["--no-such-flag", "3"], {}, "--no-such-flag"),
-        ([], {"LORAPLEX_MAX_LORRAS": "3"}, "--max-lorras"),
+        (["--no-such", "3"], {"LORAPLEX_MAX_LORRAS": "3"}, "--max-lorras --no-such"),
         (["--api-key", "secret"], {}, "--api-key"),  # of vLLM's server, which would do nothing
     ],
 )
