@@ -16,7 +16,7 @@ test: lint ## install what is needed, run the checks and the whole test suite
 ifdef ARGS
 	.venv/bin/python -m pytest $(ARGS)
 else
-	.venv/bin/python -m pytest --ignore tests/real --numprocesses 3 --dist loadfile
+	.venv/bin/python -m pytest --ignore tests/real --numprocesses 2 --dist loadfile
 	.venv/bin/python -m pytest tests/real --numprocesses 2 --no-loadscope-reorder
 endif
 

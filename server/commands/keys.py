@@ -53,7 +53,9 @@ def create(
     weight: Annotated[
         float, typer.Option(help="Its share against other keys that call the same adapter.")
     ] = 1.0,
-    requests_per_minute: Annotated[int | None, typer.Option(help="At most.")] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(help="At most; what only reads counts for no limit.")
+    ] = None,
     tokens_per_minute: Annotated[
         int | None, typer.Option(help="At most, of prompts and replies.")
     ] = None,

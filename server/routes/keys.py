@@ -38,7 +38,9 @@ class KeyRequest(BaseModel):
         allow_inf_nan=False,
         description="Its share against other keys that call the same adapter.",
     )
-    requests_per_minute: Limit = None
+    requests_per_minute: Limit = Field(
+        default=None, description="Calls that only read (GET) count for no limit."
+    )
     tokens_per_minute: Limit = Field(default=None, description="Of prompts and replies.")
     concurrent_requests: Limit = None
     stored_bytes: Limit = Field(default=None, description="Of all versions that it uploads.")

@@ -163,6 +163,10 @@ def test_a_scaled_number_is_rounded_once(tmp_path, numbers, alpha, rslora, dtype
         (1 + 3 * 2**-8, 1 - 2**-26, 1 + 2**-7),
         (1 + 3 * 2**-8, 1.0, 1 + 2**-6),
         (-1 - 2**-8, 1 + 2**-26, -1 - 2**-7),
+        # Float64 cannot tell these from a tie.
+        (125, 1.9 / 4, 59.25),
+        (-125, 1.9 / 4, -59.25),
+        (145, 0.9 / 4, 32.75),
         # Between zero and the smallest bfloat16.
         (2**-126, 2**-8 * (1 + 2**-26), 2**-133),
         (2**-126, 2**-8, 0.0),
