@@ -13,12 +13,14 @@ if [ ! -x .venv/bin/pip ]; then
   say "creating .venv with $("$python" --version)"
   "$python" -m venv .venv || die "$python has no venv module: apt-get install python3-venv"
 fi
-# Modules are compiled when they are imported, which most of them never are.
 install() { .venv/bin/python -m pip --disable-pip-version-check install --no-compile "$@"; }
+# By itself pip compiles on one core. What is no Python in there (templates, say) stays as it is.
+compile() { .venv/bin/python -m compileall -qq -j 0 .venv/lib || true; }
 
 if [ "${1:-}" = dev ]; then
   say "installing what the tests need"
   install --no-deps -r locks/dev.txt
+  compile
   exit
 fi
 
@@ -39,4 +41,5 @@ else
   say "3/3 loraplex"
   install --no-deps --no-build-isolation --editable .
 fi
+compile
 say "installed in .venv"
