@@ -62,7 +62,9 @@ function mend(old, wanted) {
 export function redraw(draw) {
   const { id } = document.activeElement;
   draw();
-  if (id) (document.getElementById(id) || document.querySelector("#main")).focus();
+  if (!id) return;
+  const wanted = document.getElementById(id) || document.querySelector("#main");
+  if (wanted !== document.activeElement) wanted.focus();
 }
 
 /** A line for names and the like, which no browser fills in or marks as misspelt. */

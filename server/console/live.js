@@ -2,7 +2,21 @@
 
 import { call } from "./api.js";
 import { lines } from "./charts.js";
-import { bytes, h, head, loading, morph, pageOf, plural, show, table, tier, time, trouble } from "./dom.js";
+import {
+  bytes,
+  h,
+  head,
+  loading,
+  morph,
+  pageOf,
+  plural,
+  redraw,
+  show,
+  table,
+  tier,
+  time,
+  trouble,
+} from "./dom.js";
 
 const EACH_MS = 1000;
 const TROUBLED_S = 5; // until it is asked again after an error
@@ -232,7 +246,9 @@ export function open(place) {
         h(
           "td",
           { class: "name" },
-          each.adapter === now.base ? each.adapter : h("a", { href: pageOf(each.adapter) }, each.adapter),
+          each.adapter === now.base
+            ? each.adapter
+            : h("a", { id: `live-${each.adapter}`, href: pageOf(each.adapter) }, each.adapter),
         ),
         h("td", {}, each.residency ? tier(each.residency) : "the base"),
         h("td", { class: "number" }, each.running),
@@ -253,11 +269,13 @@ export function open(place) {
     );
     const others = now.totals.adapters - now.adapters.length;
     parts.more.textContent = others ? `and ${plural(others, "adapter")} with less to do` : "";
-    morph(
-      parts.rows,
-      rows.length
-        ? rows
-        : h("tr", {}, h("td", { colspan: HEADS.length }, "There is nothing that this key may see.")),
+    redraw(() =>
+      morph(
+        parts.rows,
+        rows.length
+          ? rows
+          : h("tr", {}, h("td", { colspan: HEADS.length }, "There is nothing that this key may see.")),
+      ),
     );
   }
 

@@ -326,6 +326,27 @@ def test_live_in_trouble_says_so_once_and_goes_on(
     http.delete(f"/v1/adapters/{LONG}")
 
 
+def test_who_stands_in_lives_table_stays_with_the_adapter(shown: Page) -> None:
+    names = ["first", "second"]
+
+    def answered(route: Route) -> None:
+        said = route.fetch().json()
+        said["adapters"] = [said["adapters"][0] | {"adapter": name} for name in names]
+        route.fulfill(json=said)
+
+    shown.route("**/v1/live**", answered)
+    shown.goto("/#/live")
+    second = shown.locator("tbody a", has_text="second")
+    second.focus()
+    names.remove("first")
+    expect(shown.locator("tbody a")).to_have_count(1)
+    expect(second).to_be_focused()
+    names[:] = ["third"]
+    expect(shown.locator("tbody a")).to_have_text(["third"])
+    expect(shown.locator("#main")).to_be_focused()
+    shown.unroute_all(behavior="ignoreErrors")
+
+
 def test_addresses_that_are_none(shown: Page) -> None:
     for address in ("#/nowhere", "#/adapters/%E0%A4%A"):
         shown.goto(f"/{address}")
