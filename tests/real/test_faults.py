@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from adapters.folder import FILES, WEIGHTS
 from adapters.store import Store
 from tests.conftest import MakeAdapter, with_base
-from tests.http.conftest import upload
+from tests.http.conftest import cool, upload
 from tests.processes import descendants
 from tests.real.conftest import START_S, Server, nothing_left
 from tests.real.test_lifecycle import bent, refused, scaled
@@ -189,13 +189,6 @@ class Site:
     def version(self, name: str) -> dict[str, Any]:
         (version,) = self.client.get(f"/v1/adapters/{name}").json()["versions"]
         return version
-
-    def unload_all(self) -> None:
-        listed = self.client.get("/v1/adapters", params={"limit": 1000}).json()["data"]
-        for version in (version for adapter in listed for version in adapter["versions"]):
-            if version["residency"] != "disk":
-                reply = self.client.post(f"/v1/adapters/{version['reference']}/unload")
-                assert reply.json()["residency"] == "disk", reply.text
 
     def cold(self, name: str) -> "Victim":
         """A new adapter that is not in the engine any more."""
@@ -540,7 +533,7 @@ def test_a_slow_disk_holds_up_nobody_else(site: Site) -> None:
 def test_a_disk_that_hangs_ends_in_a_time_out(site: Site) -> None:
     """As many loads hang as there are threads that read; what is loaded is served meanwhile."""
     victims = [site.cold("hung-1"), site.cold("hung-2")]
-    site.unload_all()
+    cool(site.client)
     site.said(OTHERS[0])  # loaded, with room for the two beside it
     with site.streams() as streams:
         with site.slowly(600):
